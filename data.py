@@ -1,0 +1,153 @@
+"""The benchmark: 15 text classification tasks posed as text to text, their orders, prompts, tokens and batches.
+
+A task is a folder <group>/<name>/ with train.json and test.json, lists of {"sentence", "label"}, and labels.json, the
+list of labels. The group names the instruction (O-LoRA's CL_Benchmark, which the paper uses; section 4.1).
+"""
+import json
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+Example = namedtuple("Example", "prompt answer")
+Task = namedtuple("Task", "name train test labels")            # train, test: lists of Example
+
+ORDERS = {
+    1: ("dbpedia", "amazon", "yahoo", "agnews"),
+    2: ("dbpedia", "amazon", "agnews", "yahoo"),
+    3: ("yahoo", "amazon", "agnews", "dbpedia"),
+    4: ("MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "IMDB", "yelp", "amazon", "SST-2", "dbpedia", "agnews",
+        "MultiRC", "yahoo"),
+    5: ("MultiRC", "BoolQA", "WiC", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yelp",
+        "amazon", "yahoo"),
+    6: ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "MultiRC",
+        "BoolQA", "WiC"),
+}
+TWO_EPOCHS = {(5, "WiC"), (6, "MNLI")}                         # as the official scripts; every other task has one
+GROUPS = {"TC": ("dbpedia", "yahoo", "agnews"), "SC": ("amazon", "yelp", "IMDB", "SST-2"), "NLI": ("MNLI", "CB", "RTE"),
+          "QQP": ("QQP",), "BoolQA": ("BoolQA",), "MultiRC": ("MultiRC",), "COPA": ("COPA",), "WiC": ("WiC",)}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+CHOOSE = "Choose one from the option.\n"
+INSTRUCTIONS = {
+    "SC": "What is the sentiment of the following paragraph? " + CHOOSE,
+    "TC": "What is the topic of the following paragraph? " + CHOOSE,
+    "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"? ' + CHOOSE,
+    "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning? ' + CHOOSE,
+    "BoolQA": "According to the following passage, is the question true or false? " + CHOOSE,
+    "MultiRC": "According to the following passage and question, is the candidate answer true or false? " + CHOOSE,
+    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? " + CHOOSE,
+}
+GENERAL = "Which label fits the following text? " + CHOOSE    # groups of your own
+UNKNOWN = "-"                                                  # a test label that was never published (MNLI): never correct
+
+
+def prompt(group, name, labels, sentence):
+    """The text a model reads. Plain concatenation: sentences may contain braces."""
+    if group == "COPA":                                        # its sentences ask and list the options themselves
+        task = ""
+    else:
+        task = INSTRUCTIONS.get(group, GENERAL) + "Option: " + ", ".join(labels) + " \n"
+    return f"Task:{group}\nDataset:{name}\n" + task + sentence + "\nAnswer:"
+
+
+def task_folder(root, name):
+    """Where a task of the benchmark, or a task folder of your own, lies."""
+    return Path(root) / GROUP_OF[name] / name if name in GROUP_OF else Path(name)
+
+
+def read_list(path):
+    """A JSON list that is not empty; ValueError or OSError names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path}: not a list, or empty")
+    return value
+
+
+def load_task(root, name, limit=None):
+    """Read a task, checking every record (ValueError or OSError names file and record); limit: records per split."""
+    folder = task_folder(root, name).absolute()
+    group, name = folder.parent.name, folder.name
+    labels = read_list(folder / "labels.json")
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        raise ValueError(f"{folder / 'labels.json'}: labels are texts, each once")
+    splits = {}
+    for split in ("train", "test"):
+        path = folder / f"{split}.json"
+        splits[split] = []
+        for number, record in enumerate(read_list(path), 1):
+            if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("sentence", "label")):
+                raise ValueError(f"{path}: record {number} needs a text \"sentence\" and a text \"label\"")
+            if record["label"] not in labels and (split, record["label"]) != ("test", UNKNOWN):
+                raise ValueError(f"{path}: record {number}: label {record['label']!r} is not in labels.json")
+            splits[split].append(Example(prompt(group, name, labels, record["sentence"]), record["label"]))
+    return Task(name, splits["train"][:limit], splits["test"][:limit], labels)
+
+
+# ---- tokens
+
+class Tokenizer:
+    """A sentencepiece vocabulary. T5 reads prompt + end and writes answer + end; Llama reads start + prompt and goes on
+    with answer + end."""
+
+    def __init__(self, file, decoder_only):
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        self.decoder_only = decoder_only
+
+    def encode(self, text):
+        return self.pieces.encode(text)
+
+    def decode(self, ids):
+        """Ids -> text; special pieces and ids beyond the vocabulary (models have spare rows) are dropped."""
+        return self.pieces.decode([i for i in ids if i < len(self.pieces)])
+
+    def source(self, text, longest=512):
+        """The prompt's ids, cut at its end to make room for T5's end token or Llama's start token."""
+        ids = self.encode(text)[:longest - 1]
+        return [self.pieces.bos_id()] + ids if self.decoder_only else ids + [self.pieces.eos_id()]
+
+    def target(self, text, longest=50):
+        return self.encode(text)[:longest - 1] + [self.pieces.eos_id()]
+
+    def training_row(self, example):
+        """(input ids, labels): what the model reads, and what it must write."""
+        source, target = self.source(example.prompt), self.target(example.answer)
+        return (source + target, [-100] * len(source) + target) if self.decoder_only else (source, target)
+
+
+def load_tokenizer(path):
+    """The sentencepiece tokenizer of a model folder: T5's spiece.model or Llama's tokenizer.model."""
+    path = Path(path)
+    for name, decoder_only in (("spiece.model", False), ("tokenizer.model", True)):
+        if (path / name).exists():
+            try:
+                return Tokenizer(path / name, decoder_only)
+            except (RuntimeError, OSError) as error:
+                raise ValueError(f"{path / name}: not a sentencepiece model: {error}") from None
+    other = "; tokenizer.json is not supported" if (path / "tokenizer.json").exists() else ""
+    raise FileNotFoundError(f"{path} holds no sentencepiece tokenizer (spiece.model or tokenizer.model){other}")
+
+
+# ---- batches
+
+def pad(rows, value):
+    """Lists of ids -> (B, S), filled on the right; S is a multiple of 16, which attention kernels like."""
+    length = -(-max(map(len, rows)) // 16) * 16
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+def collate(inputs, labels=None):
+    """Lists of ids -> the model's arguments, on the CPU: the model moves them to its device."""
+    batch = {"input_ids": pad(inputs, 0), "attention_mask": pad([[1] * len(row) for row in inputs], 0)}
+    return batch if labels is None else {**batch, "labels": pad(labels, -100)}
+
+
+def batches(rows, size, rng):
+    """One epoch: lists of at most `size` rows, drawn without replacement in an order that rng decides."""
+    order = rng.permutation(len(rows))
+    for start in range(0, len(rows), size):
+        yield [rows[i] for i in order[start:start + size]]

@@ -1,0 +1,131 @@
+"""How good a model is on a task, and how much a sequence of tasks was forgotten.
+
+    python eval.py runs/*            # a row a method, a column an order: mean and std over seeds, beside the paper's
+    python eval.py runs/* --plot     # and a picture of the accuracies
+
+matrix[i, j] is the accuracy on task j after training on task i, in percent, NaN where it was not measured.
+"""
+import argparse
+import json
+import re
+import string
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import model as models
+
+# Table 8 of the paper, t5-large: average accuracy of orders 1 to 6.
+PAPER = {
+    "full": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6),
+    "full migu": (78.3, 79.8, 78.3, 77.1, 73.6, 70.7),
+}
+
+
+def normalize(text):
+    """What is compared: lower case, no punctuation, single spaces. Articles stay."""
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def is_correct(prediction, answer):
+    return answer != data.UNKNOWN and normalize(prediction) == normalize(answer)
+
+
+def average_accuracy(matrix):
+    """A_T = 1/T sum_t a(T, t): the macro mean after the last task."""
+    return float(np.mean(matrix[-1]))
+
+
+def backward_transfer(matrix):
+    """1/(T-1) sum_{t<T} a(T, t) - a(t, t) (Lopez-Paz & Ranzato 2017); NaN for a single task."""
+    matrix = np.asarray(matrix, float)
+    changes = matrix[-1, :-1] - matrix.diagonal()[:-1]
+    return float(changes.mean()) if len(changes) else float("nan")
+
+
+def forgetting(matrix):
+    """1/(T-1) sum_{t<T} max_{k<T} a(k, t) - a(T, t) (Chaudhry et al. 2018); NaN for a single task."""
+    matrix = np.asarray(matrix, float)
+    best = np.where(np.isnan(matrix[:-1]), -np.inf, matrix[:-1]).max(0, initial=-np.inf)[:-1]
+    losses = np.where(np.isinf(best), np.nan, best) - matrix[-1, :-1]
+    return float(losses.mean()) if len(losses) else float("nan")
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, examples, dtype=torch.float32, tokens=16384, name=""):
+    """Greedy answers to examples: (accuracy in percent, predictions in their order, seconds). Sorted by length,
+    batches of at most `tokens` tokens with padding."""
+    started = time.perf_counter()
+    model.eval()
+    device = model.lm_head.weight.device
+    sources = [tokenizer.source(example.prompt) for example in examples]
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    predictions = [""] * len(examples)
+    with tqdm(total=len(examples), desc=f"test {name}", leave=False, file=sys.stderr) as bar:
+        start = 0
+        while start < len(order):
+            size = max(1, tokens // len(sources[order[start]]))    # the longest comes first
+            chosen = order[start:start + size]
+            batch = data.collate([sources[i] for i in chosen])
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                new = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=50)
+            for i, ids in zip(chosen, new.tolist()):
+                end = next((n for n, token in enumerate(ids) if token in model.eos), len(ids))
+                predictions[i] = tokenizer.decode(ids[:end])
+            bar.update(len(chosen))
+            start += size
+    correct = sum(is_correct(p, example.answer) for p, example in zip(predictions, examples))
+    return 100 * correct / len(examples), predictions, time.perf_counter() - started
+
+
+# ---- tables
+
+def table(header, rows):
+    """Rows of text in columns, the first to the left, the others to the right."""
+    rows = [header] + rows
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def number(value, form="{:.1f}"):
+    return "-" if value is None or np.isnan(value) else form.format(value)
+
+
+def matrix_table(tasks, matrix):
+    return table(["after \\ on", *tasks], [[task, *map(number, row)] for task, row in zip(tasks, matrix)
+                                          if not np.isnan(row).all()])
+
+
+def load_runs(folders):
+    """(config, results) of each run folder; ValueError or OSError names the file."""
+    return [tuple(models.read_json(Path(folder) / name) for name in ("config.json", "results.json")) for folder in folders]
+
+
+def compare(runs):
+    """One table over runs: mean and std over seeds for each method and order, then the paper's row."""
+    groups, orders = defaultdict(lambda: defaultdict(list)), {}
+    for config, results in runs:
+        order = f"order {config['order']}" if config["order"] else "+".join(results["tasks"])
+        orders[order] = config["order"]
+        groups[config["model_name"], config["method"]][order].append(results)
+    columns = sorted(orders)
+    rows = []
+    for (model, method), by_order in sorted(groups.items()):
+        for measure, label in (("average_accuracy", "accuracy"), ("backward_transfer", "transfer"), ("forgetting", "forgetting")):
+            row = []
+            for order in columns:
+                values = [r[measure] for r in by_order[order] if r[measure] is not None]
+                mean, std = (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0) if values else (None, None)
+                row.append(number(mean) + (f" ± {std:.1f} ({len(values)})" if len(values) > 1 else ""))
+            rows.append([f"{model} {method}: {label}", *row])
+        if model == "t5-large" and method in PAPER:
+            rows.append([f"  paper {method}: accuracy",
+                         *(number(PAPER[method][orders[c] - 1] if orders[c] else None) for c in columns)])
+    return table(["", *columns], rows)

@@ -1,0 +1,633 @@
+"""T5 and Llama in plain PyTorch, and the Hugging Face folders they are loaded from and saved to.
+
+Every parameter carries its Hugging Face name, so a checkpoint loads strictly, with no table of renames, and gives the
+numbers transformers gives. One thing is unusual: a batch is kept *packed*. Linear layers see (tokens, d), the real
+tokens of all rows one after another; only attention lays them out as (B, H, S, D). No work is spent on padding, and
+MIGU's magnitudes (migu.py) are plain sums over what a layer saw.
+
+In order: the packing, what both models share (loss, greedy decoding), T5, Llama, safetensors, folders.
+"""
+import json
+import math
+import mmap
+import os
+import re
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Rows:
+    """Where the real tokens of a padded batch lie. mask: (B, S) bool; on the CPU, no step waits for the GPU."""
+
+    def __init__(self, mask, device):
+        self.size = mask.shape                                    # (B, S)
+        self.positions = mask.flatten().nonzero().squeeze(1)      # (tokens,), where the mask is
+        self.index = self.positions.to(device, non_blocking=True)
+        self.mask = mask.to(device, non_blocking=True)
+        self.dense = len(self.positions) == mask.numel()          # no padding: nothing to move
+
+    def pack(self, x):
+        """(B, S, ...) -> (tokens, ...)"""
+        x = x.flatten(0, 1)
+        return x if self.dense else x.index_select(0, self.index)
+
+    def pad(self, x):
+        """(tokens, ...) -> (B, S, ...), zero at padding."""
+        if not self.dense:
+            x = x.new_zeros(self.size.numel(), *x.shape[1:]).index_copy(0, self.index, x)
+        return x.unflatten(0, self.size)
+
+    def split_heads(self, x, heads):
+        """(tokens, H * D) -> (B, H, S, D)"""
+        return self.pad(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, x):
+        """(B, H, S, D) -> (tokens, H * D)"""
+        return self.pack(x.transpose(1, 2).flatten(2))
+
+
+def attention_bias(allowed, like, bias=None):
+    """The additive mask of attention: bias (or 0) where allowed, a finite lowest number elsewhere, in the type the
+    queries will have. Finite, because a row of padding alone must stay a number."""
+    device = like.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    bias = torch.zeros((), dtype=dtype, device=like.device) if bias is None else bias.to(dtype)
+    return torch.where(allowed, bias, torch.finfo(dtype).min)
+
+
+class LanguageModel(nn.Module):
+    """What T5 and Llama share. Each of them defines hidden(), start() and step()."""
+
+    def __init__(self, config, defaults):
+        super().__init__()
+        self.config = config                                       # config.json as it was read, to be saved again
+        self.files = {}                                            # the tokenizer's files, to be saved again
+        self.c = SimpleNamespace(**{**defaults, **config})
+        eos = self.c.eos_token_id
+        self.eos = eos if isinstance(eos, list) else [eos]
+        self.pad = self.eos[0] if self.c.pad_token_id is None else self.c.pad_token_id
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        """(B, S) ids, mask and labels (-100: ignored) -> logits (B, S, V) and the mean loss, or None without labels."""
+        hidden, rows, targets = self.hidden(input_ids, attention_mask, labels)
+        logits = self.lm_head(hidden)                              # (tokens, V)
+        loss = None if labels is None else F.cross_entropy(logits.float(), targets.to(logits.device))
+        return rows.pad(logits), loss
+
+    def loss(self, input_ids, attention_mask, labels):
+        """The same mean loss for training: the head runs at labelled positions alone."""
+        hidden, _, targets = self.hidden(input_ids, attention_mask, labels)
+        labelled = (targets != -100).nonzero().squeeze(1)
+        targets, index = (x.to(hidden.device, non_blocking=True) for x in (targets[labelled], labelled))
+        return F.cross_entropy(self.lm_head(hidden.index_select(0, index)).float(), targets)
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, max_new_tokens):
+        """Greedy decoding with a cache: (B, S) -> the new ids (B, new), each row as if alone, padded after its end."""
+        cache = {}                                                 # attention layer -> (keys, values), rows first
+        device = self.lm_head.weight.device
+        eos = torch.tensor(self.eos, device=device)
+        rows = torch.arange(len(input_ids), device=device)         # the rows still in the cache
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        new = torch.full((len(rows), max_new_tokens), self.pad, device=device)
+        for t in range(max_new_tokens):
+            logits = self.step(token, cache) if t else self.start(input_ids, attention_mask, cache)
+            token = logits.argmax(-1).masked_fill(ended, self.pad)
+            new[rows, t] = token
+            ended = ended | torch.isin(token, eos)
+            alive = (~ended).nonzero().squeeze(1)                  # the one wait for the device in a step
+            if len(alive) == 0:
+                return new[:, :t + 1]
+            if len(alive) <= len(rows) / 2:                        # worth the copy: go on without the ended rows
+                rows, token, ended = rows[alive], token[alive], ended[alive]
+                for key, tensors in cache.items():
+                    cache[key] = tuple(x[alive] for x in tensors)
+        return new
+
+
+# ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head, v1.1 and Flan with gated GELU and a head of their own
+
+T5_DEFAULTS = dict(
+    vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8,
+    relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1, layer_norm_epsilon=1e-6,
+    feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+
+
+class T5Attention(nn.Module):
+    def __init__(self, c, has_bias=False):
+        super().__init__()
+        inner = c.num_heads * c.d_kv                               # need not be d_model
+        self.heads, self.dropout = c.num_heads, c.dropout_rate
+        self.q = nn.Linear(c.d_model, inner, bias=False)
+        self.k = nn.Linear(c.d_model, inner, bias=False)
+        self.v = nn.Linear(c.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, c.d_model, bias=False)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
+        with torch.no_grad():
+            self.q.weight *= c.d_kv ** -0.5                        # attention has no 1/sqrt(D): the start carries it
+
+    def forward(self, x, rows, bias, memory=None, memory_rows=None, cache=None):
+        """x (tokens, d) attends to itself or to memory (memory tokens, d); bias broadcasts to (B, H, S, memory S)."""
+        crossing = memory_rows is not None
+        q = rows.split_heads(self.q(x), self.heads)
+        if crossing and cache and self in cache:
+            k, v = cache[self]                                     # the memory does not change
+        else:
+            source, source_rows = (memory, memory_rows) if crossing else (x, rows)
+            k = source_rows.split_heads(self.k(source), self.heads)
+            v = source_rows.split_heads(self.v(source), self.heads)
+            k, v = remember(cache, self, k, v)
+        p = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
+        return self.o(rows.merge_heads(out))
+
+
+def remember(cache, layer, k, v):
+    """The keys and values so far, (B, H, S, D) each: those in the cache and these."""
+    if cache is None:
+        return k, v
+    if layer in cache:
+        k, v = torch.cat([cache[layer][0], k], 2), torch.cat([cache[layer][1], v], 2)
+    cache[layer] = (k, v)
+    return k, v
+
+
+class T5FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gated = c.feed_forward_proj == "gated-gelu"
+        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+            self.add_module(name, nn.Linear(c.d_model, c.d_ff, bias=False))
+        self.wo = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def forward(self, x):
+        x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
+        return self.wo(self.dropout(x))
+
+
+class T5Block(nn.Module):
+    """Self-attention, in the decoder cross-attention, feed-forward: each x + dropout(f(norm(x)))."""
+
+    def __init__(self, c, decoder, has_bias):
+        super().__init__()
+        parts = {"SelfAttention": T5Attention(c, has_bias)}
+        if decoder:
+            parts["EncDecAttention"] = T5Attention(c)
+        parts["DenseReluDense"] = T5FeedForward(c)
+        self.layer = nn.ModuleList(
+            nn.ModuleDict({name: part, "layer_norm": nn.RMSNorm(c.d_model, c.layer_norm_epsilon)})
+            for name, part in parts.items())
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def forward(self, x, rows, bias, memory=None, memory_rows=None, memory_bias=None, cache=None):
+        for layer in self.layer:
+            h = layer.layer_norm(x)
+            if "SelfAttention" in layer:
+                h = layer.SelfAttention(h, rows, bias, cache=cache)
+            elif "EncDecAttention" in layer:
+                h = layer.EncDecAttention(h, rows, memory_bias, memory, memory_rows, cache)
+            else:
+                h = layer.DenseReluDense(h)
+            x = x + self.dropout(h)
+        return x
+
+
+class T5Stack(nn.Module):
+    """The encoder, or the decoder."""
+
+    def __init__(self, c, decoder):
+        super().__init__()
+        self.c, self.decoder = c, decoder
+        layers = c.num_decoder_layers if decoder and c.num_decoder_layers is not None else c.num_layers
+        self.block = nn.ModuleList(T5Block(c, decoder, has_bias=i == 0) for i in range(layers))
+        self.final_layer_norm = nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def position_bias(self, queries, keys):
+        """(1, H, queries, keys): a learned number for each bucket of distances. The table lives in block 0 and serves
+        every block; the queries are the last of the keys; a decoder looks back only."""
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        position = torch.arange(keys, device=table.weight.device)
+        distance = position[None, :] - position[keys - queries:, None]
+        buckets, start = self.c.relative_attention_num_buckets, 0
+        if self.decoder:
+            distance = -distance.clamp(max=0)
+        else:
+            buckets //= 2                                          # half of them for each direction
+            start, distance = (distance > 0) * buckets, distance.abs()
+        exact = buckets // 2                                       # near: a bucket a distance; far: logarithmic
+        spread = math.log(self.c.relative_attention_max_distance / exact)
+        far = exact + (torch.log(distance.clamp(min=1) / exact) / spread * (buckets - exact)).long()
+        bucket = start + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+        return table(bucket).permute(2, 0, 1)[None]
+
+    def forward(self, x, *context):
+        x = self.dropout(x)
+        for block in self.block:
+            x = block(x, *context)
+        return self.dropout(self.final_layer_norm(x))
+
+
+class T5(LanguageModel):
+    def __init__(self, config):
+        super().__init__(config, T5_DEFAULTS)
+        c = self.c
+        if c.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj {c.feed_forward_proj!r} is not supported: only relu and gated-gelu")
+        self.shared = nn.Embedding(c.vocab_size, c.d_model)
+        self.encoder = T5Stack(c, decoder=False)
+        self.decoder = T5Stack(c, decoder=True)
+        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.tied = c.tie_word_embeddings
+        if self.tied:
+            self.lm_head.weight = self.shared.weight
+        scaled = getattr(c, "scale_decoder_outputs", c.tie_word_embeddings)   # v1.0 scales what its tied head sees
+        self.scale = c.d_model ** -0.5 if scaled else 1.0
+
+    def encode(self, input_ids, attention_mask):
+        """(B, S) -> the memory (tokens, d), its rows, and the bias (B, 1, 1, S) with which the decoder sees it."""
+        weight = self.shared.weight
+        rows = Rows(attention_mask.bool(), weight.device)
+        allowed = rows.mask[:, None, None, :]                      # (B, 1, 1, S)
+        bias = attention_bias(allowed, weight, self.encoder.position_bias(rows.size[1], rows.size[1]))
+        x = self.shared(rows.pack(input_ids.to(weight.device, non_blocking=True)))
+        return self.encoder(x, rows, bias), rows, attention_bias(allowed, weight)
+
+    def hidden(self, input_ids, attention_mask, labels):
+        """The decoder's (tokens, d), its rows and its targets (tokens,). It reads the labels shifted right, each row up
+        to its last label (a -100 before that is a position); without labels, the start token alone."""
+        if labels is None:
+            labels = torch.full((len(input_ids), 1), -100)
+            real = torch.ones_like(labels, dtype=torch.bool)
+        else:
+            real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
+        weight = self.shared.weight
+        rows = Rows(real, weight.device)
+        ids = labels.roll(1, 1).masked_fill(labels.roll(1, 1) == -100, self.pad)
+        ids[:, 0] = self.c.decoder_start_token_id
+        length = rows.size[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=weight.device).tril()
+        bias = attention_bias(causal, weight, self.decoder.position_bias(length, length))
+        x = self.shared(rows.pack(ids.to(weight.device, non_blocking=True)))
+        x = self.decoder(x, rows, bias, *self.encode(input_ids, attention_mask))
+        return x * self.scale, rows, labels.flatten()[rows.positions]
+
+    def start(self, input_ids, attention_mask, cache):
+        memory, memory_rows, memory_bias = self.encode(input_ids, attention_mask)
+        cache["memory_bias"] = (memory_bias,)
+        token = torch.full((len(input_ids),), self.c.decoder_start_token_id, device=memory.device)
+        return self.step(token, cache, memory, memory_rows)
+
+    def step(self, token, cache, memory=None, memory_rows=()):
+        """One more token a row: ids (B,) -> logits (B, V). After the first step the memory is in the cache."""
+        first = self.decoder.block[0].layer[0].SelfAttention
+        length = cache[first][0].shape[2] if first in cache else 0
+        rows = Rows(torch.ones(len(token), 1, dtype=torch.bool), token.device)
+        bias = attention_bias(rows.mask[:1, None], self.shared.weight, self.decoder.position_bias(1, length + 1))
+        x = self.decoder(self.shared(token), rows, bias, memory, memory_rows, cache["memory_bias"][0], cache)
+        return self.lm_head(x * self.scale)
+
+
+# ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, and any grouped-query model of the family
+
+LLAMA_DEFAULTS = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
+    rope_parameters=None, attention_bias=False, mlp_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
+    pad_token_id=None, bos_token_id=1, eos_token_id=2)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions, rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
+    left, right = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.dropout = c.num_attention_heads, c.num_key_value_heads, c.attention_dropout
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x, rows, cos, sin, bias, cache=None):
+        q = rotate(rows.split_heads(self.q_proj(x), self.heads), cos, sin)
+        k = rotate(rows.split_heads(self.k_proj(x), self.kv_heads), cos, sin)
+        v = rows.split_heads(self.v_proj(x), self.kv_heads)
+        k, v = remember(cache, self, k, v)
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))    # a key head for a group of queries
+        p = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+        return self.o_proj(rows.merge_heads(out))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = LlamaAttention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = LlamaMLP(c)
+
+    def forward(self, x, *context):
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(LanguageModel):
+    def __init__(self, config):
+        super().__init__(config, LLAMA_DEFAULTS)
+        c = self.c
+        rope = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope scaling {kind!r} is not supported: only plain rotary positions")
+        if c.hidden_act != "silu":
+            raise ValueError(f"hidden_act {c.hidden_act!r} is not supported: only silu")
+        c.rope_theta = rope.get("rope_theta", c.rope_theta)
+        c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList(LlamaLayer(c) for _ in range(c.num_hidden_layers)),
+            "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.tied = c.tie_word_embeddings
+        if self.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def run(self, ids, rows, positions, allowed, cache=None):
+        """ids (tokens,), positions (B, S), allowed (B, 1, S, keys) -> (tokens, d)."""
+        x = self.model.embed_tokens(ids)
+        half = torch.arange(0, self.c.head_dim, 2, device=x.device) / self.c.head_dim
+        angles = positions[:, None, :, None] * self.c.rope_theta ** -half       # (B, 1, S, D / 2), fp32
+        angles = torch.cat([angles, angles], -1)
+        bias = attention_bias(allowed, x)
+        for layer in self.model.layers:
+            x = layer(x, rows, angles.cos(), angles.sin(), bias, cache)
+        return self.model.norm(x)
+
+    def prefix(self, input_ids, attention_mask, cache=None):
+        """The whole of (B, S), padded on either side: its hidden (tokens, d) and its rows."""
+        device = self.lm_head.weight.device
+        rows = Rows(attention_mask.bool(), device)
+        causal = torch.ones(rows.size[1], rows.size[1], dtype=torch.bool, device=device).tril()
+        positions = (rows.mask.cumsum(1) - 1).clamp(min=0)         # counted from the row's first real token
+        ids = rows.pack(input_ids.to(device, non_blocking=True))
+        return self.run(ids, rows, positions, causal & rows.mask[:, None, None, :], cache), rows
+
+    def hidden(self, input_ids, attention_mask, labels):
+        """(tokens, d), its rows, and for each token the next label (tokens,), -100 after the last."""
+        x, rows = self.prefix(input_ids, attention_mask)
+        targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[rows.positions]
+        return x, rows, targets
+
+    def start(self, input_ids, attention_mask, cache):
+        x, rows = self.prefix(input_ids, attention_mask, cache)
+        cache["mask"] = (rows.mask,)
+        last = rows.size[1] - 1 - rows.mask.flip(1).int().argmax(1)            # (B,) each row's last real token
+        return self.lm_head(rows.pad(x)[torch.arange(len(last), device=x.device), last])
+
+    def step(self, token, cache):
+        """One more token a row: ids (B,) -> logits (B, V)."""
+        rows = Rows(torch.ones(len(token), 1, dtype=torch.bool), token.device)
+        mask = torch.cat([cache["mask"][0], rows.mask], 1)
+        cache["mask"] = (mask,)
+        return self.lm_head(self.run(token, rows, mask.sum(1, keepdim=True) - 1, mask[:, None, None, :], cache))
+
+
+# ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F4": torch.float4_e2m1fn_x2}
+
+
+def write_file(path, chunks):
+    """Write chunks of bytes to path, whole or not at all: temporary file, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write a dict of tensors; metadata: str -> str."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))     # so that each stays aligned
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.dtype.itemsize
+        shape = list(tensor.shape)
+        if kinds[tensor.dtype] == "F4":
+            shape[-1] *= 2                                         # torch keeps two of them in a byte
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = (tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name in names)
+    write_file(path, (chunk for part in ([struct.pack("<Q", len(text)), text], data) for chunk in part))
+
+
+def whole(text):
+    """A JSON integer of the format: unsigned, 64 bits."""
+    if text.startswith("-") or int(text) >= 2 ** 64:
+        raise ValueError(f"number {text[:30]} out of range")
+    return int(text)
+
+
+def unique(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def read_header(buffer):
+    """Check all of a safetensors file but its numbers: (tensors' table, metadata, offset of the data) or ValueError."""
+    size = len(buffer)
+    length = int.from_bytes(buffer[:8], "little")
+    if size < 8 or length > min(size - 8, 100_000_000):
+        raise ValueError("the header's length does not fit the file")
+    text = bytes(buffer[8:8 + length])
+    if not text.startswith(b"{"):
+        raise ValueError("the header is not a JSON object")
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=whole)
+        json.dumps(header, ensure_ascii=False).encode()            # finds halves of surrogate pairs
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the header is not JSON: {error}") from None
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must map text to text")
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name}: an entry holds dtype, shape and data_offsets")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name}: dtype {entry['dtype']} has no type in torch")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not all(isinstance(x, list) and all(type(n) is int for n in x) for x in (shape, offsets)) or len(offsets) != 2:
+            raise ValueError(f"{name}: shape and data_offsets are lists of integers, the offsets two")
+        bits = 4 if entry["dtype"] == "F4" else 8 * DTYPES[entry["dtype"]].itemsize
+        if 8 * (offsets[1] - offsets[0]) != bits * math.prod(shape):
+            raise ValueError(f"{name}: shape {shape} does not take the bytes {offsets}")
+        if entry["dtype"] == "F4" and shape[-1:] and shape[-1] % 2:
+            raise ValueError(f"{name}: a row of F4 ends within a byte")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["data_offsets"][0] != end:
+            raise ValueError(f"{name}: its bytes overlap others or leave a hole")
+        end = entry["data_offsets"][1]
+    if 8 + length + end != size:
+        raise ValueError(f"the tensors end at byte {8 + length + end}, the file at byte {size}")
+    return header, metadata, 8 + length
+
+
+def open_safetensors(path):
+    """(tensors over a copy-on-write map of the file, metadata); ValueError names the file and the fault."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ValueError(f"{path}: an empty file")
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        header, metadata, base = read_header(buffer)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    data = torch.frombuffer(buffer, dtype=torch.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        start, end = (base + offset for offset in entry["data_offsets"])
+        raw = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()    # align what a header shifted
+        if entry["dtype"] == "F4":
+            shape = shape[:-1] + [shape[-1] // 2]
+        tensors[name] = raw.view(dtype).reshape(shape)
+    return tensors, metadata
+
+
+def read_safetensors(path):
+    """name -> tensor, memory-mapped. ValueError or OSError names the file."""
+    return open_safetensors(path)[0]
+
+
+# ---- folders in Hugging Face form
+
+MODELS = {"t5": (T5, "T5ForConditionalGeneration"), "llama": (Llama, "LlamaForCausalLM")}
+TOKENIZER_FILES = ("spiece.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "generation_config.json")
+HARMLESS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight|.*\.rotary_emb\.inv_freq"
+COPIES = {"t5": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+          "llama": ("model.embed_tokens.weight", "lm_head.weight")}            # the embedding, and names of its copies
+
+
+def read_json(path):
+    """A JSON object; ValueError or OSError names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def read_weights(path):
+    """All tensors of a folder: model.safetensors, or the shards that its index names."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return read_safetensors(single)
+    if not index.exists():
+        pickled = [p.name for p in sorted(path.glob("*.bin")) + sorted(path.glob("*.pt*"))]
+        why = f"; {pickled[0]} is pickled and never opened: convert it to safetensors" if pickled else ""
+        raise FileNotFoundError(f"{path} holds no model.safetensors{why}")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+        raise ValueError(f"{index}: weight_map must map each tensor to the name of a file in this folder")
+    tensors = {}
+    for shard in sorted(set(shards.values())):
+        found = read_safetensors(path / shard)
+        if twice := tensors.keys() & found.keys():
+            raise ValueError(f"{path / shard}: {sorted(twice)[0]} stands in another shard too")
+        tensors.update(found)
+    return tensors
+
+
+def load_model(path, dtype=torch.float32):
+    """A T5 or Llama from a Hugging Face folder (config.json, *.safetensors). ValueError or OSError names the fault."""
+    path = Path(path)
+    config = read_json(path / "config.json")
+    kind = config.get("model_type")
+    if kind not in MODELS:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported: only {', '.join(MODELS)}")
+    tensors = {name: t for name, t in read_weights(path).items() if not re.fullmatch(HARMLESS, name)}
+    embedding = COPIES[kind][0]
+    if config.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
+        config["tie_word_embeddings"] = False                      # new files always say true; the head tells
+    try:
+        with torch.device("meta"):                                 # shapes first, no memory
+            model = MODELS[kind][0](config)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path}: config.json: {error}") from None
+    for copy in COPIES[kind][1:]:
+        if copy in tensors and (copy != "lm_head.weight" or model.tied):
+            if not torch.equal(tensors.setdefault(embedding, tensors[copy]), tensors.pop(copy)):
+                raise ValueError(f"{path}: {copy} differs from {embedding}, to which it is tied")
+
+    expected = {name: p.shape for name, p in model.named_parameters()}         # a tied head counts once
+    faults = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    faults += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
+    faults += [f"{name} is {list(tensors[name].shape)}, not {list(expected[name])}"
+               for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name]]
+    if faults:
+        raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(sorted(faults))}")
+    loaded = {name: t.to(dtype, copy=True) for name, t in tensors.items()}
+    model.load_state_dict(loaded, strict=False, assign=True)       # strictness was checked above, by name
+    if model.tied:
+        model.lm_head.weight = model.get_parameter(embedding)
+    model.files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).exists()}
+    return model.eval()
+
+
+def save_model(model, path, metadata=None):
+    """Write config.json, the tokenizer's files and model.safetensors: a folder that from_pretrained opens."""
+    path = Path(path)
+    kind = "t5" if isinstance(model, T5) else "llama"
+    tensors = dict(model.named_parameters())                       # a tied head counts once
+    config = {name: value for name, value in model.config.items() if name != "dtype"}
+    config.update(model_type=kind, architectures=[MODELS[kind][1]],
+                  torch_dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."))    # the type stored
+    write_file(path / "config.json", [json.dumps(config, indent=2).encode()])
+    for name, content in model.files.items():
+        write_file(path / name, [content])
+    write_safetensors(path / "model.safetensors", tensors, metadata)
