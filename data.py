@@ -3,6 +3,7 @@
 A task is a folder <group>/<name>/ with train.json and test.json, lists of {"sentence", "label"}, and labels.json, the
 list of labels. The group names the instruction (O-LoRA's CL_Benchmark, which the paper uses; section 4.1).
 """
+import io
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -151,3 +152,38 @@ def batches(rows, size, rng):
     order = rng.permutation(len(rows))
     for start in range(0, len(rows), size):
         yield [rows[i] for i in order[start:start + size]]
+
+
+# ---- the demo's tasks: each topic has made-up words of its own, and a text is about the topic of its words
+
+DEMO_LABELS = ("music sport food travel health money science history nature fashion weather cinema gardens animals crafts "
+               "law trains games painting theatre").split()
+DEMO_T5 = dict(vocab_size=600, d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0)
+
+
+def make_demo(folders, sizes, seed, topics=4, words=8):
+    """Write a task into each folder: 4 of the labels, 8 words for each, texts of 3 of them and 2 that say nothing; no text
+    is in both train and test (sizes: how many in each)."""
+    rng = np.random.default_rng(seed)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    for folder in map(Path, folders):
+        labels = [str(label) for label in rng.choice(DEMO_LABELS, topics, replace=False)]
+        own = {label: ["".join(rng.choice(syllables, 3)) for _ in range(words)] for label in [*labels, "nothing"]}
+        texts = {}
+        while len(texts) < sum(sizes):
+            label = labels[len(texts) % topics]
+            text = [*rng.choice(own[label], 3), *rng.choice(own["nothing"], 2)]
+            texts[" ".join(rng.permutation(text))] = label
+        records = [{"sentence": text, "label": texts[text]} for text in rng.permutation(list(texts))]
+        folder.mkdir(parents=True)
+        for file, content in (("train", records[:sizes[0]]), ("test", records[sizes[0]:]), ("labels", labels)):
+            (folder / f"{file}.json").write_text(json.dumps(content))
+
+
+def train_vocabulary(texts, size):
+    """A sentencepiece vocabulary in T5's form (pad 0, end 1, unknown 2): its file's bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=size, hard_vocab_limit=False, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+    return model.getvalue()

@@ -7,7 +7,6 @@ matrix[i, j] is the accuracy on task j after training on task i, in percent, NaN
 """
 import argparse
 import json
-import re
 import string
 import sys
 import time
@@ -23,8 +22,8 @@ import model as models
 
 # Table 8 of the paper, t5-large: average accuracy of orders 1 to 6.
 PAPER = {
-    "full": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6),
-    "full migu": (78.3, 79.8, 78.3, 77.1, 73.6, 70.7),
+    "t5-large full none": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6),
+    "t5-large full migu": (78.3, 79.8, 78.3, 77.1, 73.6, 70.7),
 }
 
 
@@ -108,24 +107,69 @@ def load_runs(folders):
     return [tuple(models.read_json(Path(folder) / name) for name in ("config.json", "results.json")) for folder in folders]
 
 
+SETTINGS = ("threshold", "lr", "optimizer", "layers", "mask_first", "epochs", "batch_size", "limit")
+
+
 def compare(runs):
-    """One table over runs: mean and std over seeds for each method and order, then the paper's row."""
-    groups, orders = defaultdict(lambda: defaultdict(list)), {}
+    """A table over runs: mean and std over seeds for each method and order, beside the paper's average accuracy."""
+    methods, orders = defaultdict(list), {}
     for config, results in runs:
-        order = f"order {config['order']}" if config["order"] else "+".join(results["tasks"])
-        orders[order] = config["order"]
-        groups[config["model_name"], config["method"]][order].append(results)
-    columns = sorted(orders)
-    rows = []
-    for (model, method), by_order in sorted(groups.items()):
-        for measure, label in (("average_accuracy", "accuracy"), ("backward_transfer", "transfer"), ("forgetting", "forgetting")):
-            row = []
-            for order in columns:
-                values = [r[measure] for r in by_order[order] if r[measure] is not None]
-                mean, std = (np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0) if values else (None, None)
-                row.append(number(mean) + (f" ± {std:.1f} ({len(values)})" if len(values) > 1 else ""))
-            rows.append([f"{model} {method}: {label}", *row])
-        if model == "t5-large" and method in PAPER:
-            rows.append([f"  paper {method}: accuracy",
-                         *(number(PAPER[method][orders[c] - 1] if orders[c] else None) for c in columns)])
+        orders[f"order {config['order']}" if config["order"] else " ".join(results["tasks"])] = config["order"]
+        methods[f"{config['model_name']} {config['method']}"].append((config, results))
+    columns, rows = sorted(orders), []
+    for method, its_runs in sorted(methods.items()):
+        differ = [key for key in SETTINGS if len({config[key] for config, _ in its_runs}) > 1]
+        cells = defaultdict(list)                                  # (settings, measure, column) -> values over seeds
+        for config, results in its_runs:
+            column = f"order {config['order']}" if config["order"] else " ".join(results["tasks"])
+            label = " ".join([method, *(f"{key}={config[key]}" for key in differ)])
+            for measure in ("average_accuracy", "backward_transfer", "forgetting"):
+                cells[label, measure, column].append(np.nan if results[measure] is None else results[measure])
+        for label, measure in dict.fromkeys(key[:2] for key in cells):
+            values = [cells.get((label, measure, column), [np.nan]) for column in columns]
+            rows.append([f"{label}: {measure.replace('_', ' ')}", *(
+                number(np.mean(v)) + (f" ± {np.std(v, ddof=1):.1f} ({len(v)} seeds)" if len(v) > 1 else "") for v in values)])
+        if method in PAPER:
+            rows.append([f"  paper, {method}: average accuracy", *(number(PAPER[method][orders[c] - 1] if orders[c] else None) for c in columns)])
     return table(["", *columns], rows)
+
+
+def plot(runs, file):
+    """A picture: the mean accuracy over the tasks so far, after each task, for each method (needs --eval all)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    curves = defaultdict(list)
+    for config, results in runs:
+        matrix = np.array(results["matrix"], float)
+        curves[f"{config['model_name']} {config['method']}"].append([row[:i + 1].mean() for i, row in enumerate(matrix)])
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method, values in sorted(curves.items()):
+        mean = np.mean(values, 0)
+        axes.plot(range(1, len(mean) + 1), mean, marker="o", label=method)
+    axes.set(xlabel="tasks learned", ylabel="mean accuracy on them, %", ylim=(0, 102))
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    print(f"wrote {file}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders; others are passed over")
+    parser.add_argument("--plot", nargs="?", const="runs.png", metavar="FILE", help="draw the accuracies (default runs.png)")
+    args = parser.parse_args()
+    folders = [folder for folder in args.runs if (Path(folder) / "results.json").exists()]
+    try:
+        if not folders:
+            raise FileNotFoundError(f"no finished task in {' '.join(args.runs)}: give folders that train.py wrote, such as runs/*")
+        runs = load_runs(folders)
+    except (ValueError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(compare(runs))
+    if args.plot:
+        plot(runs, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import data
 import download
 import eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD
-from model import load_model, open_safetensors, read_json, save_model, write_file
+from model import T5, load_model, open_safetensors, read_json, save_model, write_file
 
 LEARNING_RATE = {"full": 1e-4}                                     # the paper's, for each --tune
 THRESHOLD = {"full": 0.7}
@@ -294,6 +295,44 @@ def run(folder, config, tasks, tokenizer):
             print(evaluation.matrix_table(progress.names, progress.matrix), flush=True)
 
 
+def demo(args):
+    """Plain tuning beside MIGU on made-up tasks: the very commands a user would type, on a tiny T5 made here."""
+    root = Path(args.out) / "demo"
+    if root.exists() and not (root / "tiny-t5").exists():
+        fail(f"{root} is in use: choose another --out")
+    shutil.rmtree(root, ignore_errors=True)
+    known = [str(root / "known" / f"words{i}") for i in range(12)]
+    tasks = [str(root / "tasks" / name) for name in ("alpha", "beta", "gamma", "delta")]
+    data.make_demo(known, sizes=(200, 25), seed=1)
+    data.make_demo(tasks, sizes=(400, 100), seed=2)
+    known, fresh = ([data.load_task("", name) for name in names] for names in (known, tasks))
+    print("A tiny T5 learns 12 made-up tasks together; it will never see them again.", flush=True)
+    torch.manual_seed(0)
+    model = T5(data.DEMO_T5)
+    texts = [text for task in known + fresh for example in task.train for text in example]
+    model.files["spiece.model"] = data.train_vocabulary(texts, data.DEMO_T5["vocab_size"])
+    save_model(model, root / "tiny-t5")
+    tokenizer = data.load_tokenizer(root / "tiny-t5")
+    rows = [tokenizer.training_row(example) for task in known for example in task.train]
+    pretraining = {"seed": 0, "dtype": "float32", "optimizer": "adamw", "lr": 1e-3, "mask": "none", "mask_first": False,
+                   "batch_size": 32, "micro_batch": 32}
+    train_task(model, rows, pretraining, 0, "12 known tasks", epochs=6)
+    save_model(model, root / "tiny-t5")
+    skill = lambda model: evaluation.evaluate(model, tokenizer, [e for task in known for e in task.test], name="known tasks")[0]
+    rows = [["before", "-", "-", f"{skill(model):.1f}"]]
+    for mask in ("none", "migu"):
+        command = ["--tasks", *tasks, "--model", str(root / "tiny-t5"), "--mask", mask, "--lr", "5e-4", "--epochs", "5",
+                   "--batch-size", "32", "--eval", "all", "--device", "cpu", "--out", str(root), "--seed", str(args.seed[0])]
+        print("\n$ python train.py " + " ".join(command), flush=True)
+        (folder, results), = main(command)
+        rows.append(["plain" if mask == "none" else "MIGU", f"{results['average_accuracy']:.1f}",
+                     f"{results['backward_transfer']:.1f}", f"{skill(load_model(folder / 'model')):.1f}"])
+    print("\n" + evaluation.table(["", "average accuracy", "backward transfer", "known tasks"], rows))
+    gains = [f"{float(b) - float(a):+.1f}" for a, b in zip(*(row[1:] for row in rows[1:]))]
+    print(f"\nMIGU against plain tuning, seed {args.seed[0]}: average accuracy {gains[0]}, backward transfer {gains[1]}, "
+          f"accuracy kept on the known tasks {gains[2]} points.")
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.demo:
@@ -313,7 +352,9 @@ def main(argv=None):
         print(f"# {folder}", flush=True)
         with explained(OSError, FloatingPointError, torch.OutOfMemoryError):
             run(folder, {**config, "folder": source}, [tasks[name] for name in config["tasks"]], tokenizer)
-    print(evaluation.compare(evaluation.load_runs([folder for folder, _ in runs])))
+    finished = evaluation.load_runs([folder for folder, _ in runs])
+    print(evaluation.compare(finished))
+    return [(folder, results) for (folder, _), (_, results) in zip(runs, finished)]
 
 
 if __name__ == "__main__":
