@@ -7,6 +7,7 @@ MIGU's magnitudes (migu.py) are plain sums over what a layer saw.
 
 In order: the packing, what both models share (loss, greedy decoding), T5, Llama, safetensors, folders.
 """
+import itertools
 import json
 import math
 import mmap
@@ -444,86 +445,75 @@ def write_file(path, chunks):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write a dict of tensors; metadata: str -> str."""
+    """Write a dict of tensors; metadata: text -> text."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))     # so that each stays aligned
     header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name in names:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.dtype.itemsize
-        shape = list(tensor.shape)
-        if kinds[tensor.dtype] == "F4":
-            shape[-1] *= 2                                         # torch keeps two of them in a byte
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": kinds[tensors[name].dtype], "shape": [*tensors[name].shape], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = (tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name in names)
-    write_file(path, (chunk for part in ([struct.pack("<Q", len(text)), text], data) for chunk in part))
+    write_file(path, itertools.chain([struct.pack("<Q", len(text)), text], data))
 
 
-def whole(text):
-    """A JSON integer of the format: unsigned, 64 bits."""
-    if text.startswith("-") or int(text) >= 2 ** 64:
-        raise ValueError(f"number {text[:30]} out of range")
+def check(good, fault):
+    if not good:
+        raise ValueError(fault)
+
+
+def unsigned(text):
+    check(not text.startswith("-") and int(text) < 2 ** 64, f"number {text[:30]} out of range")
     return int(text)
 
 
 def unique(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+    check(len(dict(pairs)) == len(pairs), "a key stands twice")
     return dict(pairs)
 
 
 def read_header(buffer):
-    """Check all of a safetensors file but its numbers: (tensors' table, metadata, offset of the data) or ValueError."""
-    size = len(buffer)
+    """Check everything of a file but its numbers: (name -> entry, metadata, offset of the data), or ValueError."""
     length = int.from_bytes(buffer[:8], "little")
-    if size < 8 or length > min(size - 8, 100_000_000):
-        raise ValueError("the header's length does not fit the file")
+    check(len(buffer) >= 8 and length <= min(len(buffer) - 8, 100_000_000), "the header's length does not fit the file")
     text = bytes(buffer[8:8 + length])
-    if not text.startswith(b"{"):
-        raise ValueError("the header is not a JSON object")
+    check(text.startswith(b"{"), "the header is not a JSON object")
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=whole)
+        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=unsigned)
         json.dumps(header, ensure_ascii=False).encode()            # finds halves of surrogate pairs
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header is not JSON: {error}") from None
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ must map text to text")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    check(isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()), "__metadata__ must map text to text")
     for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"{name}: an entry holds dtype, shape and data_offsets")
-        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name}: dtype {entry['dtype']} has no type in torch")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        if not all(isinstance(x, list) and all(type(n) is int for n in x) for x in (shape, offsets)) or len(offsets) != 2:
-            raise ValueError(f"{name}: shape and data_offsets are lists of integers, the offsets two")
-        bits = 4 if entry["dtype"] == "F4" else 8 * DTYPES[entry["dtype"]].itemsize
-        if 8 * (offsets[1] - offsets[0]) != bits * math.prod(shape):
-            raise ValueError(f"{name}: shape {shape} does not take the bytes {offsets}")
-        if entry["dtype"] == "F4" and shape[-1:] and shape[-1] % 2:
-            raise ValueError(f"{name}: a row of F4 ends within a byte")
+        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
+              f"{name}: an entry holds dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        check(isinstance(dtype, str) and dtype in DTYPES, f"{name}: dtype {dtype} is none of torch's")
+        check(all(isinstance(x, list) and all(type(n) is int for n in x) for x in (shape, offsets)) and len(offsets) == 2,
+              f"{name}: shape and data_offsets are lists of integers, the offsets two")
+        bits = 4 if dtype == "F4" else 8 * DTYPES[dtype].itemsize
+        check(math.prod(n for n in shape if n) < 2 ** 63 and bits * math.prod(shape) == 8 * (offsets[1] - offsets[0])
+              and (dtype != "F4" or shape[-1] % 2 == 0),
+              f"{name}: shape {shape} does not take the bytes {offsets}")
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["data_offsets"][0] != end:
-            raise ValueError(f"{name}: its bytes overlap others or leave a hole")
+        check(entry["data_offsets"][0] == end, f"{name}: its bytes overlap others or leave a hole")
         end = entry["data_offsets"][1]
-    if 8 + length + end != size:
-        raise ValueError(f"the tensors end at byte {8 + length + end}, the file at byte {size}")
+    check(8 + length + end == len(buffer), f"the tensors end at byte {8 + length + end}, the file at byte {len(buffer)}")
     return header, metadata, 8 + length
 
 
 def open_safetensors(path):
-    """(tensors over a copy-on-write map of the file, metadata); ValueError names the file and the fault."""
+    """(name -> tensor over a copy-on-write map of the file, metadata). ValueError or OSError names file and fault."""
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise ValueError(f"{path}: an empty file")
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    try:
-        header, metadata, base = read_header(buffer)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+        try:
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)      # ValueError if the file is empty
+            header, metadata, base = read_header(buffer)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a safetensors file: {error}") from None
     data = torch.frombuffer(buffer, dtype=torch.uint8)
     tensors = {}
     for name, entry in header.items():
@@ -531,13 +521,13 @@ def open_safetensors(path):
         start, end = (base + offset for offset in entry["data_offsets"])
         raw = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()    # align what a header shifted
         if entry["dtype"] == "F4":
-            shape = shape[:-1] + [shape[-1] // 2]
+            shape = [*shape[:-1], shape[-1] // 2]                  # torch keeps two in a byte
         tensors[name] = raw.view(dtype).reshape(shape)
     return tensors, metadata
 
 
 def read_safetensors(path):
-    """name -> tensor, memory-mapped. ValueError or OSError names the file."""
+    """name -> tensor, memory-mapped. ValueError or OSError names file and fault."""
     return open_safetensors(path)[0]
 
 
