@@ -1,7 +1,7 @@
-"""The benchmark: 15 text classification tasks posed as text to text, their orders, prompts, tokens and batches.
+"""The benchmark: 15 text classification tasks posed as text to text; their orders, prompts, tokens and batches.
 
-A task is a folder <group>/<name>/ with train.json and test.json, lists of {"sentence", "label"}, and labels.json, the
-list of labels. The group names the instruction (O-LoRA's CL_Benchmark, which the paper uses; section 4.1).
+A task is a folder <group>/<name>/ with train.json and test.json, lists of {"sentence", "label"}, and labels.json, the list
+of labels (the form of O-LoRA's CL_Benchmark, which the paper uses). The group names the instruction.
 """
 import io
 import json
@@ -13,53 +13,43 @@ import sentencepiece
 import torch
 
 Example = namedtuple("Example", "prompt answer")
-Task = namedtuple("Task", "name train test labels")            # train, test: lists of Example
+Task = namedtuple("Task", "name train test labels")                # train, test: lists of Example
 
 ORDERS = {
     1: ("dbpedia", "amazon", "yahoo", "agnews"),
     2: ("dbpedia", "amazon", "agnews", "yahoo"),
     3: ("yahoo", "amazon", "agnews", "dbpedia"),
-    4: ("MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "IMDB", "yelp", "amazon", "SST-2", "dbpedia", "agnews",
-        "MultiRC", "yahoo"),
-    5: ("MultiRC", "BoolQA", "WiC", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yelp",
-        "amazon", "yahoo"),
-    6: ("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2", "dbpedia", "agnews", "yahoo", "MultiRC",
-        "BoolQA", "WiC"),
+    4: tuple("MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo".split()),
+    5: tuple("MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo".split()),
+    6: tuple("yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC".split()),
 }
-TWO_EPOCHS = {(5, "WiC"), (6, "MNLI")}                         # as the official scripts; every other task has one
+TWO_EPOCHS = {(5, "WiC"), (6, "MNLI")}                             # as in the official scripts; all else has one
 GROUPS = {"TC": ("dbpedia", "yahoo", "agnews"), "SC": ("amazon", "yelp", "IMDB", "SST-2"), "NLI": ("MNLI", "CB", "RTE"),
           "QQP": ("QQP",), "BoolQA": ("BoolQA",), "MultiRC": ("MultiRC",), "COPA": ("COPA",), "WiC": ("WiC",)}
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
-CHOOSE = "Choose one from the option.\n"
 INSTRUCTIONS = {
-    "SC": "What is the sentiment of the following paragraph? " + CHOOSE,
-    "TC": "What is the topic of the following paragraph? " + CHOOSE,
-    "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"? ' + CHOOSE,
-    "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning? ' + CHOOSE,
-    "BoolQA": "According to the following passage, is the question true or false? " + CHOOSE,
-    "MultiRC": "According to the following passage and question, is the candidate answer true or false? " + CHOOSE,
-    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? " + CHOOSE,
+    "SC": "What is the sentiment of the following paragraph?",
+    "TC": "What is the topic of the following paragraph?",
+    "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"?',
+    "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning?',
+    "BoolQA": "According to the following passage, is the question true or false?",
+    "MultiRC": "According to the following passage and question, is the candidate answer true or false?",
+    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?",
 }
-GENERAL = "Which label fits the following text? " + CHOOSE    # groups of your own
-UNKNOWN = "-"                                                  # a test label that was never published (MNLI): never correct
-
+GENERAL = "Which label fits the following text?"                   # for groups of your own
+UNKNOWN = "-"                                                      # a test label never published (MNLI): no answer is correct
 
 def prompt(group, name, labels, sentence):
-    """The text a model reads. Plain concatenation: sentences may contain braces."""
-    if group == "COPA":                                        # its sentences ask and list the options themselves
-        task = ""
-    else:
-        task = INSTRUCTIONS.get(group, GENERAL) + "Option: " + ", ".join(labels) + " \n"
-    return f"Task:{group}\nDataset:{name}\n" + task + sentence + "\nAnswer:"
-
+    """The text a model reads, joined, not formatted: sentences may contain braces. COPA's sentences ask for themselves."""
+    question = f"{INSTRUCTIONS.get(group, GENERAL)} Choose one from the option.\nOption: {', '.join(labels)} \n"
+    return f"Task:{group}\nDataset:{name}\n" + ("" if group == "COPA" else question) + sentence + "\nAnswer:"
 
 def task_folder(root, name):
     """Where a task of the benchmark, or a task folder of your own, lies."""
     return Path(root) / GROUP_OF[name] / name if name in GROUP_OF else Path(name)
 
-
 def read_list(path):
-    """A JSON list that is not empty; ValueError or OSError names the file."""
+    """A JSON list that is not empty. ValueError or OSError names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -68,32 +58,30 @@ def read_list(path):
         raise ValueError(f"{path}: not a list, or empty")
     return value
 
-
 def load_task(root, name, limit=None):
-    """Read a task, checking every record (ValueError or OSError names file and record); limit: records per split."""
+    """A Task, every record checked (ValueError or OSError names file and record); limit: records of each split."""
     folder = task_folder(root, name).absolute()
-    group, name = folder.parent.name, folder.name
     labels = read_list(folder / "labels.json")
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         raise ValueError(f"{folder / 'labels.json'}: labels are texts, each once")
-    splits = {}
-    for split in ("train", "test"):
-        path = folder / f"{split}.json"
-        splits[split] = []
+    splits = []
+    for path in (folder / "train.json", folder / "test.json"):
+        known = labels if path.stem == "train" else [*labels, UNKNOWN]
+        splits.append([])
         for number, record in enumerate(read_list(path), 1):
             if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("sentence", "label")):
                 raise ValueError(f"{path}: record {number} needs a text \"sentence\" and a text \"label\"")
-            if record["label"] not in labels and (split, record["label"]) != ("test", UNKNOWN):
+            if record["label"] not in known:
                 raise ValueError(f"{path}: record {number}: label {record['label']!r} is not in labels.json")
-            splits[split].append(Example(prompt(group, name, labels, record["sentence"]), record["label"]))
-    return Task(name, splits["train"][:limit], splits["test"][:limit], labels)
+            text = prompt(folder.parent.name, folder.name, labels, record["sentence"])
+            splits[-1].append(Example(text, record["label"]))
+    return Task(folder.name, *(split[:limit] for split in splits), labels)
 
-
-# ---- tokens
+# ---- tokens and batches
 
 class Tokenizer:
-    """A sentencepiece vocabulary. T5 reads prompt + end and writes answer + end; Llama reads start + prompt and goes on
-    with answer + end."""
+    """A sentencepiece vocabulary. T5 reads prompt + end and writes answer + end; Llama reads start + prompt and goes on with
+    answer + end."""
 
     def __init__(self, file, decoder_only):
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
@@ -103,56 +91,46 @@ class Tokenizer:
         return self.pieces.encode(text)
 
     def decode(self, ids):
-        """Ids -> text; special pieces and ids beyond the vocabulary (models have spare rows) are dropped."""
+        """Ids -> text, without special pieces and ids beyond the vocabulary (models have spare rows)."""
         return self.pieces.decode([i for i in ids if i < len(self.pieces)])
 
     def source(self, text, longest=512):
-        """The prompt's ids, cut at its end to make room for T5's end token or Llama's start token."""
+        """The prompt's ids, cut at its end to leave room for T5's end or Llama's start."""
         ids = self.encode(text)[:longest - 1]
         return [self.pieces.bos_id()] + ids if self.decoder_only else ids + [self.pieces.eos_id()]
 
-    def target(self, text, longest=50):
-        return self.encode(text)[:longest - 1] + [self.pieces.eos_id()]
-
-    def training_row(self, example):
-        """(input ids, labels): what the model reads, and what it must write."""
-        source, target = self.source(example.prompt), self.target(example.answer)
+    def training_row(self, example, longest=50):
+        """(input ids, labels): what the model reads and what it must write."""
+        source = self.source(example.prompt)
+        target = self.encode(example.answer)[:longest - 1] + [self.pieces.eos_id()]
         return (source + target, [-100] * len(source) + target) if self.decoder_only else (source, target)
 
-
 def load_tokenizer(path):
-    """The sentencepiece tokenizer of a model folder: T5's spiece.model or Llama's tokenizer.model."""
-    path = Path(path)
+    """The tokenizer of a model folder: T5's spiece.model or Llama's tokenizer.model. ValueError or OSError names the fault."""
     for name, decoder_only in (("spiece.model", False), ("tokenizer.model", True)):
-        if (path / name).exists():
+        file = Path(path) / name
+        if file.exists():
             try:
-                return Tokenizer(path / name, decoder_only)
+                return Tokenizer(file, decoder_only)
             except (RuntimeError, OSError) as error:
-                raise ValueError(f"{path / name}: not a sentencepiece model: {error}") from None
-    other = "; tokenizer.json is not supported" if (path / "tokenizer.json").exists() else ""
+                raise ValueError(f"{file}: not a sentencepiece model: {error}") from None
+    other = "; its tokenizer.json is not supported" if (Path(path) / "tokenizer.json").exists() else ""
     raise FileNotFoundError(f"{path} holds no sentencepiece tokenizer (spiece.model or tokenizer.model){other}")
-
-
-# ---- batches
 
 def pad(rows, value):
     """Lists of ids -> (B, S), filled on the right; S is a multiple of 16, which attention kernels like."""
     length = -(-max(map(len, rows)) // 16) * 16
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
-
 def collate(inputs, labels=None):
     """Lists of ids -> the model's arguments, on the CPU: the model moves them to its device."""
     batch = {"input_ids": pad(inputs, 0), "attention_mask": pad([[1] * len(row) for row in inputs], 0)}
     return batch if labels is None else {**batch, "labels": pad(labels, -100)}
 
-
 def batches(rows, size, rng):
-    """One epoch: lists of at most `size` rows, drawn without replacement in an order that rng decides."""
+    """One epoch: lists of at most `size` rows, in an order that rng decides."""
     order = rng.permutation(len(rows))
-    for start in range(0, len(rows), size):
-        yield [rows[i] for i in order[start:start + size]]
-
+    return [[rows[i] for i in order[start:start + size]] for start in range(0, len(rows), size)]
 
 # ---- the demo's tasks: each topic has made-up words of its own, and a text is about the topic of its words
 
@@ -160,30 +138,28 @@ DEMO_LABELS = ("music sport food travel health money science history nature fash
                "law trains games painting theatre").split()
 DEMO_T5 = dict(vocab_size=600, d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0)
 
-
 def make_demo(folders, sizes, seed, topics=4, words=8):
-    """Write a task into each folder: 4 of the labels, 8 words for each, texts of 3 of them and 2 that say nothing; no text
-    is in both train and test (sizes: how many in each)."""
+    """Write a task into each folder: 4 labels with 8 words each, texts of 3 such words and 2 that say nothing. No text is in
+    both train and test; sizes: how many are in each."""
     rng = np.random.default_rng(seed)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     for folder in map(Path, folders):
         labels = [str(label) for label in rng.choice(DEMO_LABELS, topics, replace=False)]
         own = {label: ["".join(rng.choice(syllables, 3)) for _ in range(words)] for label in [*labels, "nothing"]}
-        texts = {}
-        while len(texts) < sum(sizes):
-            label = labels[len(texts) % topics]
+        label_of = {}
+        while len(label_of) < sum(sizes):
+            label = labels[len(label_of) % topics]
             text = [*rng.choice(own[label], 3), *rng.choice(own["nothing"], 2)]
-            texts[" ".join(rng.permutation(text))] = label
-        records = [{"sentence": text, "label": texts[text]} for text in rng.permutation(list(texts))]
+            label_of[" ".join(rng.permutation(text))] = label
+        records = [{"sentence": str(text), "label": label_of[text]} for text in rng.permutation([*label_of])]
         folder.mkdir(parents=True)
         for file, content in (("train", records[:sizes[0]]), ("test", records[sizes[0]:]), ("labels", labels)):
             (folder / f"{file}.json").write_text(json.dumps(content))
 
-
 def train_vocabulary(texts, size):
     """A sentencepiece vocabulary in T5's form (pad 0, end 1, unknown 2): its file's bytes."""
-    model = io.BytesIO()
+    file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=size, hard_vocab_limit=False, pad_id=0, eos_id=1,
+        sentence_iterator=iter(texts), model_writer=file, vocab_size=size, hard_vocab_limit=False, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
-    return model.getvalue()
+    return file.getvalue()

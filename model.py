@@ -1,11 +1,11 @@
 """T5 and Llama in plain PyTorch, and the Hugging Face folders they are loaded from and saved to.
 
-Every parameter carries its Hugging Face name, so a checkpoint loads strictly, with no table of renames, and gives the
-numbers transformers gives. One thing is unusual: a batch is kept *packed*. Linear layers see (tokens, d), the real
-tokens of all rows one after another; only attention lays them out as (B, H, S, D). No work is spent on padding, and
-MIGU's magnitudes (migu.py) are plain sums over what a layer saw.
+Every parameter has its Hugging Face name, so a checkpoint loads strictly, with no table of renames, and gives the numbers
+transformers gives. One thing is unusual: a batch is kept packed. Linear layers see (tokens, d), the real tokens of all
+rows one after another; only attention lays them out as (B, H, S, D). No work is spent on padding, and MIGU's magnitudes
+(migu.py) are plain sums over what a layer saw.
 
-In order: the packing, what both models share (loss, greedy decoding), T5, Llama, safetensors, folders.
+In order: packing; what both models share (loss, greedy decoding); T5; Llama; safetensors; folders.
 """
 import itertools
 import json
@@ -21,16 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 class Rows:
-    """Where the real tokens of a padded batch lie. mask: (B, S) bool; on the CPU, no step waits for the GPU."""
+    """Where the real tokens of a padded batch lie. mask (B, S), bool; kept on the CPU, no step waits for the GPU."""
 
     def __init__(self, mask, device):
-        self.size = mask.shape                                    # (B, S)
-        self.positions = mask.flatten().nonzero().squeeze(1)      # (tokens,), where the mask is
+        self.size = mask.shape                                     # (B, S)
+        self.positions = mask.flatten().nonzero().squeeze(1)       # (tokens,), on the mask's device
         self.index = self.positions.to(device, non_blocking=True)
         self.mask = mask.to(device, non_blocking=True)
-        self.dense = len(self.positions) == mask.numel()          # no padding: nothing to move
+        self.dense = len(self.positions) == mask.numel()           # no padding: nothing to move
 
     def pack(self, x):
         """(B, S, ...) -> (tokens, ...)"""
@@ -51,49 +50,52 @@ class Rows:
         """(B, H, S, D) -> (tokens, H * D)"""
         return self.pack(x.transpose(1, 2).flatten(2))
 
-
-def attention_bias(allowed, like, bias=None):
-    """The additive mask of attention: bias (or 0) where allowed, a finite lowest number elsewhere, in the type the
-    queries will have. Finite, because a row of padding alone must stay a number."""
-    device = like.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
-    bias = torch.zeros((), dtype=dtype, device=like.device) if bias is None else bias.to(dtype)
+def attention_bias(allowed, weight, bias=None):
+    """Attention's additive mask, in the type its queries have: bias (or 0) where allowed, elsewhere the lowest number, which
+    is finite: a row of padding alone must not become NaN."""
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    bias = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
     return torch.where(allowed, bias, torch.finfo(dtype).min)
 
+def remember(cache, layer, k, v):
+    """All keys and values so far, (B, H, S, D) each: those this layer left in the cache, then these."""
+    if cache is not None:
+        if layer in cache:
+            k, v = torch.cat([cache[layer][0], k], 2), torch.cat([cache[layer][1], v], 2)
+        cache[layer] = k, v
+    return k, v
 
 class LanguageModel(nn.Module):
     """What T5 and Llama share. Each of them defines hidden(), start() and step()."""
 
     def __init__(self, config, defaults):
         super().__init__()
-        self.config = config                                       # config.json as it was read, to be saved again
-        self.files = {}                                            # the tokenizer's files, to be saved again
+        self.config, self.files = config, {}                       # config.json and the tokenizer's files, to be saved again
         self.c = SimpleNamespace(**{**defaults, **config})
-        eos = self.c.eos_token_id
-        self.eos = eos if isinstance(eos, list) else [eos]
+        self.eos = self.c.eos_token_id if isinstance(self.c.eos_token_id, list) else [self.c.eos_token_id]
         self.pad = self.eos[0] if self.c.pad_token_id is None else self.c.pad_token_id
 
     def forward(self, input_ids, attention_mask, labels=None):
-        """(B, S) ids, mask and labels (-100: ignored) -> logits (B, S, V) and the mean loss, or None without labels."""
+        """(B, S) ids, mask, labels (-100: ignored) -> logits (B, S, V) and the mean loss, None without labels."""
         hidden, rows, targets = self.hidden(input_ids, attention_mask, labels)
         logits = self.lm_head(hidden)                              # (tokens, V)
         loss = None if labels is None else F.cross_entropy(logits.float(), targets.to(logits.device))
         return rows.pad(logits), loss
 
     def loss(self, input_ids, attention_mask, labels):
-        """The same mean loss for training: the head runs at labelled positions alone."""
+        """The same mean loss, for training: the head runs at labelled positions alone."""
         hidden, _, targets = self.hidden(input_ids, attention_mask, labels)
         labelled = (targets != -100).nonzero().squeeze(1)
-        targets, index = (x.to(hidden.device, non_blocking=True) for x in (targets[labelled], labelled))
+        index, targets = (x.to(hidden.device, non_blocking=True) for x in (labelled, targets[labelled]))
         return F.cross_entropy(self.lm_head(hidden.index_select(0, index)).float(), targets)
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
         """Greedy decoding with a cache: (B, S) -> the new ids (B, new), each row as if alone, padded after its end."""
-        cache = {}                                                 # attention layer -> (keys, values), rows first
-        device = self.lm_head.weight.device
+        cache, device = {}, self.lm_head.weight.device             # cache: attention layer -> (keys, values), rows first
         eos = torch.tensor(self.eos, device=device)
-        rows = torch.arange(len(input_ids), device=device)         # the rows still in the cache
+        rows = torch.arange(len(input_ids), device=device)         # the rows that are still in the cache
         ended = torch.zeros_like(rows, dtype=torch.bool)
         new = torch.full((len(rows), max_new_tokens), self.pad, device=device)
         for t in range(max_new_tokens):
@@ -104,60 +106,40 @@ class LanguageModel(nn.Module):
             alive = (~ended).nonzero().squeeze(1)                  # the one wait for the device in a step
             if len(alive) == 0:
                 return new[:, :t + 1]
-            if len(alive) <= len(rows) / 2:                        # worth the copy: go on without the ended rows
+            if len(alive) <= len(rows) / 2:                        # worth a copy: go on without the rows that ended
                 rows, token, ended = rows[alive], token[alive], ended[alive]
-                for key, tensors in cache.items():
-                    cache[key] = tuple(x[alive] for x in tensors)
+                cache = {layer: tuple(x[alive] for x in tensors) for layer, tensors in cache.items()}
         return new
 
-
-# ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head, v1.1 and Flan with gated GELU and a head of their own
+# ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head; v1.1 and Flan with gated GELU and a head of their own
 
 T5_DEFAULTS = dict(
-    vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8,
-    relative_attention_num_buckets=32, relative_attention_max_distance=128, dropout_rate=0.1, layer_norm_epsilon=1e-6,
-    feed_forward_proj="relu", tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
-
+    vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8, dropout_rate=0.1,
+    relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6, feed_forward_proj="relu",
+    tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
 
 class T5Attention(nn.Module):
     def __init__(self, c, has_bias=False):
         super().__init__()
         inner = c.num_heads * c.d_kv                               # need not be d_model
         self.heads, self.dropout = c.num_heads, c.dropout_rate
-        self.q = nn.Linear(c.d_model, inner, bias=False)
-        self.k = nn.Linear(c.d_model, inner, bias=False)
-        self.v = nn.Linear(c.d_model, inner, bias=False)
+        self.q, self.k, self.v = (nn.Linear(c.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, c.d_model, bias=False)
         if has_bias:
             self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
-        with torch.no_grad():
-            self.q.weight *= c.d_kv ** -0.5                        # attention has no 1/sqrt(D): the start carries it
+        nn.init.normal_(self.q.weight, std=(c.d_model * c.d_kv) ** -0.5)       # there is no 1/sqrt(D): the start makes up for it
 
-    def forward(self, x, rows, bias, memory=None, memory_rows=None, cache=None):
-        """x (tokens, d) attends to itself or to memory (memory tokens, d); bias broadcasts to (B, H, S, memory S)."""
-        crossing = memory_rows is not None
+    def forward(self, x, rows, bias, cache=None, memory=None, memory_rows=None):
+        """x (tokens, d) attends to itself, or to memory (memory tokens, d); bias broadcasts to (B, H, S, keys)."""
         q = rows.split_heads(self.q(x), self.heads)
-        if crossing and cache and self in cache:
-            k, v = cache[self]                                     # the memory does not change
+        if memory_rows and cache and self in cache:
+            k, v = cache[self]                                     # the memory stays the same
         else:
-            source, source_rows = (memory, memory_rows) if crossing else (x, rows)
-            k = source_rows.split_heads(self.k(source), self.heads)
-            v = source_rows.split_heads(self.v(source), self.heads)
+            source, its_rows = (memory, memory_rows) if memory_rows else (x, rows)
+            k, v = (its_rows.split_heads(f(source), self.heads) for f in (self.k, self.v))
             k, v = remember(cache, self, k, v)
-        p = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
-        return self.o(rows.merge_heads(out))
-
-
-def remember(cache, layer, k, v):
-    """The keys and values so far, (B, H, S, D) each: those in the cache and these."""
-    if cache is None:
-        return k, v
-    if layer in cache:
-        k, v = torch.cat([cache[layer][0], k], 2), torch.cat([cache[layer][1], v], 2)
-    cache[layer] = (k, v)
-    return k, v
-
+        dropout = self.dropout if self.training else 0.0
+        return self.o(rows.merge_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=1.0)))
 
 class T5FeedForward(nn.Module):
     def __init__(self, c):
@@ -172,69 +154,56 @@ class T5FeedForward(nn.Module):
         x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
         return self.wo(self.dropout(x))
 
-
-class T5Block(nn.Module):
-    """Self-attention, in the decoder cross-attention, feed-forward: each x + dropout(f(norm(x)))."""
-
-    def __init__(self, c, decoder, has_bias):
-        super().__init__()
-        parts = {"SelfAttention": T5Attention(c, has_bias)}
-        if decoder:
-            parts["EncDecAttention"] = T5Attention(c)
-        parts["DenseReluDense"] = T5FeedForward(c)
-        self.layer = nn.ModuleList(
-            nn.ModuleDict({name: part, "layer_norm": nn.RMSNorm(c.d_model, c.layer_norm_epsilon)})
-            for name, part in parts.items())
-        self.dropout = nn.Dropout(c.dropout_rate)
-
-    def forward(self, x, rows, bias, memory=None, memory_rows=None, memory_bias=None, cache=None):
-        for layer in self.layer:
-            h = layer.layer_norm(x)
-            if "SelfAttention" in layer:
-                h = layer.SelfAttention(h, rows, bias, cache=cache)
-            elif "EncDecAttention" in layer:
-                h = layer.EncDecAttention(h, rows, memory_bias, memory, memory_rows, cache)
-            else:
-                h = layer.DenseReluDense(h)
-            x = x + self.dropout(h)
-        return x
-
-
 class T5Stack(nn.Module):
-    """The encoder, or the decoder."""
+    """The encoder, or the decoder: blocks of self-attention, (decoder:) cross-attention and feed-forward, each
+    x + dropout(f(norm(x)))."""
 
     def __init__(self, c, decoder):
         super().__init__()
         self.c, self.decoder = c, decoder
         layers = c.num_decoder_layers if decoder and c.num_decoder_layers is not None else c.num_layers
-        self.block = nn.ModuleList(T5Block(c, decoder, has_bias=i == 0) for i in range(layers))
+        self.block = nn.ModuleList(self.new_block(c, decoder, has_bias=i == 0) for i in range(layers))
         self.final_layer_norm = nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
         self.dropout = nn.Dropout(c.dropout_rate)
 
+    def new_block(self, c, decoder, has_bias):
+        parts = {"SelfAttention": T5Attention(c, has_bias)}
+        if decoder:
+            parts["EncDecAttention"] = T5Attention(c)
+        parts["DenseReluDense"] = T5FeedForward(c)
+        return nn.ModuleDict({"layer": nn.ModuleList(
+            nn.ModuleDict({name: part, "layer_norm": nn.RMSNorm(c.d_model, c.layer_norm_epsilon)}) for name, part in parts.items())})
+
     def position_bias(self, queries, keys):
-        """(1, H, queries, keys): a learned number for each bucket of distances. The table lives in block 0 and serves
-        every block; the queries are the last of the keys; a decoder looks back only."""
+        """(1, H, queries, keys): a learned number for each bucket of distances. The table lies in block 0 and serves every
+        block; the queries are the last of the keys; a decoder looks back only."""
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         position = torch.arange(keys, device=table.weight.device)
         distance = position[None, :] - position[keys - queries:, None]
-        buckets, start = self.c.relative_attention_num_buckets, 0
+        buckets, first = self.c.relative_attention_num_buckets, 0
         if self.decoder:
             distance = -distance.clamp(max=0)
         else:
             buckets //= 2                                          # half of them for each direction
-            start, distance = (distance > 0) * buckets, distance.abs()
+            first, distance = (distance > 0) * buckets, distance.abs()
         exact = buckets // 2                                       # near: a bucket a distance; far: logarithmic
         spread = math.log(self.c.relative_attention_max_distance / exact)
         far = exact + (torch.log(distance.clamp(min=1) / exact) / spread * (buckets - exact)).long()
-        bucket = start + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+        bucket = first + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
         return table(bucket).permute(2, 0, 1)[None]
 
-    def forward(self, x, *context):
+    def forward(self, x, rows, bias, cache=None, memory=None, memory_rows=None, memory_bias=None):
         x = self.dropout(x)
-        for block in self.block:
-            x = block(x, *context)
+        for layer in itertools.chain(*(block.layer for block in self.block)):
+            h = layer.layer_norm(x)
+            if "SelfAttention" in layer:
+                h = layer.SelfAttention(h, rows, bias, cache)
+            elif "EncDecAttention" in layer:
+                h = layer.EncDecAttention(h, rows, memory_bias, cache, memory, memory_rows)
+            else:
+                h = layer.DenseReluDense(h)
+            x = x + self.dropout(h)
         return self.dropout(self.final_layer_norm(x))
-
 
 class T5(LanguageModel):
     def __init__(self, config):
@@ -243,60 +212,56 @@ class T5(LanguageModel):
         if c.feed_forward_proj not in ("relu", "gated-gelu"):
             raise ValueError(f"feed_forward_proj {c.feed_forward_proj!r} is not supported: only relu and gated-gelu")
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
-        self.encoder = T5Stack(c, decoder=False)
-        self.decoder = T5Stack(c, decoder=True)
+        self.encoder, self.decoder = T5Stack(c, decoder=False), T5Stack(c, decoder=True)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.tied = c.tie_word_embeddings
-        if self.tied:
+        if c.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
-        scaled = getattr(c, "scale_decoder_outputs", c.tie_word_embeddings)   # v1.0 scales what its tied head sees
+        scaled = getattr(c, "scale_decoder_outputs", c.tie_word_embeddings)    # v1.0: what the tied head sees is scaled
         self.scale = c.d_model ** -0.5 if scaled else 1.0
 
     def encode(self, input_ids, attention_mask):
-        """(B, S) -> the memory (tokens, d), its rows, and the bias (B, 1, 1, S) with which the decoder sees it."""
+        """(B, S) -> the memory (tokens, d), its rows, and the bias (B, 1, 1, S) under which the decoder sees it."""
         weight = self.shared.weight
         rows = Rows(attention_mask.bool(), weight.device)
-        allowed = rows.mask[:, None, None, :]                      # (B, 1, 1, S)
-        bias = attention_bias(allowed, weight, self.encoder.position_bias(rows.size[1], rows.size[1]))
+        allowed = rows.mask[:, None, None, :]
+        bias = attention_bias(allowed, weight, self.encoder.position_bias(rows.size[1], rows.size[1]))      # (B, H, S, S)
         x = self.shared(rows.pack(input_ids.to(weight.device, non_blocking=True)))
         return self.encoder(x, rows, bias), rows, attention_bias(allowed, weight)
 
     def hidden(self, input_ids, attention_mask, labels):
-        """The decoder's (tokens, d), its rows and its targets (tokens,). It reads the labels shifted right, each row up
-        to its last label (a -100 before that is a position); without labels, the start token alone."""
+        """The decoder's (tokens, d), its rows, its targets (tokens,). It reads the labels shifted right, each row up to its
+        last label (a -100 before that is a position); without labels, the start token alone."""
         if labels is None:
             labels = torch.full((len(input_ids), 1), -100)
-            real = torch.ones_like(labels, dtype=torch.bool)
-        else:
-            real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
+        real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
+        real[:, 0] = True
         weight = self.shared.weight
         rows = Rows(real, weight.device)
-        ids = labels.roll(1, 1).masked_fill(labels.roll(1, 1) == -100, self.pad)
+        ids = labels.roll(1, 1)
+        ids = ids.masked_fill(ids == -100, self.pad)
         ids[:, 0] = self.c.decoder_start_token_id
-        length = rows.size[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=weight.device).tril()
-        bias = attention_bias(causal, weight, self.decoder.position_bias(length, length))
+        causal = torch.ones(rows.size[1], rows.size[1], dtype=torch.bool, device=weight.device).tril()
+        bias = attention_bias(causal, weight, self.decoder.position_bias(*causal.shape))
         x = self.shared(rows.pack(ids.to(weight.device, non_blocking=True)))
-        x = self.decoder(x, rows, bias, *self.encode(input_ids, attention_mask))
+        x = self.decoder(x, rows, bias, None, *self.encode(input_ids, attention_mask))
         return x * self.scale, rows, labels.flatten()[rows.positions]
 
     def start(self, input_ids, attention_mask, cache):
-        memory, memory_rows, memory_bias = self.encode(input_ids, attention_mask)
-        cache["memory_bias"] = (memory_bias,)
+        memory, memory_rows, bias = self.encode(input_ids, attention_mask)
+        cache["memory_bias"] = (bias,)
         token = torch.full((len(input_ids),), self.c.decoder_start_token_id, device=memory.device)
         return self.step(token, cache, memory, memory_rows)
 
-    def step(self, token, cache, memory=None, memory_rows=()):
-        """One more token a row: ids (B,) -> logits (B, V). After the first step the memory is in the cache."""
+    def step(self, token, cache, memory=None, memory_rows=True):
+        """One more token a row: ids (B,) -> logits (B, V). After the first step the memory's keys are in the cache."""
         first = self.decoder.block[0].layer[0].SelfAttention
-        length = cache[first][0].shape[2] if first in cache else 0
+        length = cache[first][0].shape[2] + 1 if first in cache else 1
         rows = Rows(torch.ones(len(token), 1, dtype=torch.bool), token.device)
-        bias = attention_bias(rows.mask[:1, None], self.shared.weight, self.decoder.position_bias(1, length + 1))
-        x = self.decoder(self.shared(token), rows, bias, memory, memory_rows, cache["memory_bias"][0], cache)
+        bias = attention_bias(rows.mask[:1, None], self.shared.weight, self.decoder.position_bias(1, length))
+        x = self.decoder(self.shared(token), rows, bias, cache, memory, memory_rows, cache["memory_bias"][0])
         return self.lm_head(x * self.scale)
 
-
-# ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, and any grouped-query model of the family
+# ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
 
 LLAMA_DEFAULTS = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -304,56 +269,45 @@ LLAMA_DEFAULTS = dict(
     rope_parameters=None, attention_bias=False, mlp_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
     pad_token_id=None, bos_token_id=1, eos_token_id=2)
 
-
 def rotate(x, cos, sin):
-    """Rotary positions, rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
+    """Rotary positions in the rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
     left, right = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
-
 
 class LlamaAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.dropout = c.num_attention_heads, c.num_key_value_heads, c.attention_dropout
         self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias) for _ in range(2))
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, rows, cos, sin, bias, cache=None):
-        q = rotate(rows.split_heads(self.q_proj(x), self.heads), cos, sin)
-        k = rotate(rows.split_heads(self.k_proj(x), self.kv_heads), cos, sin)
-        v = rows.split_heads(self.v_proj(x), self.kv_heads)
-        k, v = remember(cache, self, k, v)
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))    # a key head for a group of queries
-        p = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
-        return self.o_proj(rows.merge_heads(out))
-
+    def forward(self, x, rows, bias, rope, cache=None):
+        q = rotate(rows.split_heads(self.q_proj(x), self.heads), *rope)
+        k = rotate(rows.split_heads(self.k_proj(x), self.kv_heads), *rope)
+        k, v = remember(cache, self, k, rows.split_heads(self.v_proj(x), self.kv_heads))
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))       # a head for consecutive queries
+        dropout = self.dropout if self.training else 0.0
+        return self.o_proj(rows.merge_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout)))
 
 class LlamaMLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias) for _ in range(2))
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
 class LlamaLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = LlamaAttention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = LlamaMLP(c)
+        self.self_attn, self.mlp = LlamaAttention(c), LlamaMLP(c)
+        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, *context):
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Llama(LanguageModel):
     def __init__(self, config):
@@ -361,10 +315,8 @@ class Llama(LanguageModel):
         c = self.c
         rope = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"rope scaling {kind!r} is not supported: only plain rotary positions")
-        if c.hidden_act != "silu":
-            raise ValueError(f"hidden_act {c.hidden_act!r} is not supported: only silu")
+        if kind != "default" or c.hidden_act != "silu":
+            raise ValueError(f"rope scaling {kind!r} with {c.hidden_act!r} is not supported: only plain rotary positions and silu")
         c.rope_theta = rope.get("rope_theta", c.rope_theta)
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
@@ -373,49 +325,45 @@ class Llama(LanguageModel):
             "layers": nn.ModuleList(LlamaLayer(c) for _ in range(c.num_hidden_layers)),
             "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.tied = c.tie_word_embeddings
-        if self.tied:
+        if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def run(self, ids, rows, positions, allowed, cache=None):
         """ids (tokens,), positions (B, S), allowed (B, 1, S, keys) -> (tokens, d)."""
         x = self.model.embed_tokens(ids)
         half = torch.arange(0, self.c.head_dim, 2, device=x.device) / self.c.head_dim
-        angles = positions[:, None, :, None] * self.c.rope_theta ** -half       # (B, 1, S, D / 2), fp32
-        angles = torch.cat([angles, angles], -1)
-        bias = attention_bias(allowed, x)
+        angles = positions[:, None, :, None] * self.c.rope_theta ** -half.repeat(2)        # (B, 1, S, D), fp32
+        rope, bias = (angles.cos(), angles.sin()), attention_bias(allowed, self.lm_head.weight)
         for layer in self.model.layers:
-            x = layer(x, rows, angles.cos(), angles.sin(), bias, cache)
+            x = layer(x, rows, bias, rope, cache)
         return self.model.norm(x)
 
     def prefix(self, input_ids, attention_mask, cache=None):
-        """The whole of (B, S), padded on either side: its hidden (tokens, d) and its rows."""
+        """(B, S), padded on either side -> its hidden (tokens, d) and its rows."""
         device = self.lm_head.weight.device
         rows = Rows(attention_mask.bool(), device)
         causal = torch.ones(rows.size[1], rows.size[1], dtype=torch.bool, device=device).tril()
-        positions = (rows.mask.cumsum(1) - 1).clamp(min=0)         # counted from the row's first real token
+        positions = rows.mask.cumsum(1) - 1                        # counted from the row's first real token
         ids = rows.pack(input_ids.to(device, non_blocking=True))
         return self.run(ids, rows, positions, causal & rows.mask[:, None, None, :], cache), rows
 
     def hidden(self, input_ids, attention_mask, labels):
-        """(tokens, d), its rows, and for each token the next label (tokens,), -100 after the last."""
+        """(tokens, d), its rows, and each token's target (tokens,): the label that follows it."""
         x, rows = self.prefix(input_ids, attention_mask)
-        targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[rows.positions]
-        return x, rows, targets
+        return x, rows, None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[rows.positions]
 
     def start(self, input_ids, attention_mask, cache):
         x, rows = self.prefix(input_ids, attention_mask, cache)
         cache["mask"] = (rows.mask,)
-        last = rows.size[1] - 1 - rows.mask.flip(1).int().argmax(1)            # (B,) each row's last real token
+        last = rows.size[1] - 1 - rows.mask.flip(1).int().argmax(1)            # (B,): each row's last real token
         return self.lm_head(rows.pad(x)[torch.arange(len(last), device=x.device), last])
 
     def step(self, token, cache):
         """One more token a row: ids (B,) -> logits (B, V)."""
         rows = Rows(torch.ones(len(token), 1, dtype=torch.bool), token.device)
-        mask = torch.cat([cache["mask"][0], rows.mask], 1)
+        mask = torch.cat([*cache["mask"], rows.mask], 1)
         cache["mask"] = (mask,)
         return self.lm_head(self.run(token, rows, mask.sum(1, keepdim=True) - 1, mask[:, None, None, :], cache))
-
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
 
@@ -425,7 +373,6 @@ DTYPES = {
     "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F4": torch.float4_e2m1fn_x2}
-
 
 def write_file(path, chunks):
     """Write chunks of bytes to path, whole or not at all: temporary file, fsync, rename."""
@@ -443,7 +390,6 @@ def write_file(path, chunks):
         temporary.unlink(missing_ok=True)
         raise
 
-
 def write_safetensors(path, tensors, metadata=None):
     """Write a dict of tensors; metadata: text -> text."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
@@ -457,21 +403,17 @@ def write_safetensors(path, tensors, metadata=None):
     data = (tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name in names)
     write_file(path, itertools.chain([struct.pack("<Q", len(text)), text], data))
 
-
 def check(good, fault):
     if not good:
         raise ValueError(fault)
-
 
 def unsigned(text):
     check(not text.startswith("-") and int(text) < 2 ** 64, f"number {text[:30]} out of range")
     return int(text)
 
-
 def unique(pairs):
     check(len(dict(pairs)) == len(pairs), "a key stands twice")
     return dict(pairs)
-
 
 def read_header(buffer):
     """Check everything of a file but its numbers: (name -> entry, metadata, offset of the data), or ValueError."""
@@ -505,7 +447,6 @@ def read_header(buffer):
     check(8 + length + end == len(buffer), f"the tensors end at byte {8 + length + end}, the file at byte {len(buffer)}")
     return header, metadata, 8 + length
 
-
 def open_safetensors(path):
     """(name -> tensor over a copy-on-write map of the file, metadata). ValueError or OSError names file and fault."""
     with open(path, "rb") as file:
@@ -525,32 +466,27 @@ def open_safetensors(path):
         tensors[name] = raw.view(dtype).reshape(shape)
     return tensors, metadata
 
-
 def read_safetensors(path):
     """name -> tensor, memory-mapped. ValueError or OSError names file and fault."""
     return open_safetensors(path)[0]
 
-
 # ---- folders in Hugging Face form
 
-MODELS = {"t5": (T5, "T5ForConditionalGeneration"), "llama": (Llama, "LlamaForCausalLM")}
+CLASSES = {"t5": (T5, "T5ForConditionalGeneration"), "llama": (Llama, "LlamaForCausalLM")}
+EMBEDDING = {"t5": "shared.weight", "llama": "model.embed_tokens.weight"}
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")      # of the embedding, in some files
+HARMLESS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight|.*\.rotary_emb\.inv_freq"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json", "generation_config.json")
-HARMLESS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight|.*\.rotary_emb\.inv_freq"
-COPIES = {"t5": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
-          "llama": ("model.embed_tokens.weight", "lm_head.weight")}            # the embedding, and names of its copies
-
 
 def read_json(path):
-    """A JSON object; ValueError or OSError names the file."""
+    """A JSON object. ValueError or OSError names the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+        check(isinstance(value, dict), "not an object")
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
     return value
-
 
 def read_weights(path):
     """All tensors of a folder: model.safetensors, or the shards that its index names."""
@@ -558,65 +494,57 @@ def read_weights(path):
     if single.exists():
         return read_safetensors(single)
     if not index.exists():
-        pickled = [p.name for p in sorted(path.glob("*.bin")) + sorted(path.glob("*.pt*"))]
-        why = f"; {pickled[0]} is pickled and never opened: convert it to safetensors" if pickled else ""
-        raise FileNotFoundError(f"{path} holds no model.safetensors{why}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-        raise ValueError(f"{index}: weight_map must map each tensor to the name of a file in this folder")
+        pickled = "".join(f"; {p.name} is pickled and never opened: convert it to safetensors" for p in path.glob("*.bin"))
+        raise FileNotFoundError(f"{path} holds no model.safetensors{pickled}")
+    places = read_json(index).get("weight_map")
+    check(isinstance(places, dict) and all(isinstance(place, str) and Path(place).name == place for place in places.values()),
+          f"{index}: weight_map must map each tensor to the name of a file in this folder")
     tensors = {}
-    for shard in sorted(set(shards.values())):
-        found = read_safetensors(path / shard)
-        if twice := tensors.keys() & found.keys():
-            raise ValueError(f"{path / shard}: {sorted(twice)[0]} stands in another shard too")
-        tensors.update(found)
+    for place in sorted(set(places.values())):
+        shard = read_safetensors(path / place)
+        check(not tensors.keys() & shard.keys(), f"{path / place}: a tensor of it stands in another shard too")
+        tensors.update(shard)
     return tensors
-
 
 def load_model(path, dtype=torch.float32):
     """A T5 or Llama from a Hugging Face folder (config.json, *.safetensors). ValueError or OSError names the fault."""
     path = Path(path)
     config = read_json(path / "config.json")
     kind = config.get("model_type")
-    if kind not in MODELS:
-        raise ValueError(f"{path}: model_type {kind!r} is not supported: only {', '.join(MODELS)}")
-    tensors = {name: t for name, t in read_weights(path).items() if not re.fullmatch(HARMLESS, name)}
-    embedding = COPIES[kind][0]
+    check(kind in CLASSES, f"{path}: model_type {kind!r} is not supported: only {' and '.join(CLASSES)}")
+    tensors = {name: tensor for name, tensor in read_weights(path).items() if not re.fullmatch(HARMLESS, name)}
     if config.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
-        config["tie_word_embeddings"] = False                      # new files always say true; the head tells
+        config["tie_word_embeddings"] = False                      # recent files always say true; the head tells
     try:
-        with torch.device("meta"):                                 # shapes first, no memory
-            model = MODELS[kind][0](config)
+        with torch.device("meta"):                                 # shapes alone, no memory
+            model = CLASSES[kind][0](config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: config.json: {error}") from None
-    for copy in COPIES[kind][1:]:
-        if copy in tensors and (copy != "lm_head.weight" or model.tied):
-            if not torch.equal(tensors.setdefault(embedding, tensors[copy]), tensors.pop(copy)):
-                raise ValueError(f"{path}: {copy} differs from {embedding}, to which it is tied")
-
-    expected = {name: p.shape for name, p in model.named_parameters()}         # a tied head counts once
+    tied, embedding = model.c.tie_word_embeddings, EMBEDDING[kind]
+    for copy in COPIES:
+        if copy in tensors and (tied or copy != "lm_head.weight"):
+            same = torch.equal(tensors.setdefault(embedding, tensors[copy]), tensors.pop(copy))
+            check(same, f"{path}: {copy} differs from {embedding}, to which it is tied")
+    expected = dict(model.named_parameters())                      # a tied head counts once
     faults = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     faults += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
-    faults += [f"{name} is {list(tensors[name].shape)}, not {list(expected[name])}"
-               for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name]]
-    if faults:
-        raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(sorted(faults))}")
-    loaded = {name: t.to(dtype, copy=True) for name, t in tensors.items()}
-    model.load_state_dict(loaded, strict=False, assign=True)       # strictness was checked above, by name
-    if model.tied:
+    faults += [f"{name} is {[*tensors[name].shape]}, not {[*expected[name].shape]}"
+               for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
+    check(not faults, f"{path}: the weights do not fit config.json: {'; '.join(sorted(faults))}")
+    loaded = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+    model.load_state_dict(loaded, strict=False, assign=True)       # strict it was, above
+    if tied:
         model.lm_head.weight = model.get_parameter(embedding)
     model.files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).exists()}
     return model.eval()
 
-
 def save_model(model, path, metadata=None):
     """Write config.json, the tokenizer's files and model.safetensors: a folder that from_pretrained opens."""
-    path = Path(path)
-    kind = "t5" if isinstance(model, T5) else "llama"
+    path, kind = Path(path), "t5" if isinstance(model, T5) else "llama"
     tensors = dict(model.named_parameters())                       # a tied head counts once
+    stored = str(model.lm_head.weight.dtype).removeprefix("torch.")            # transformers loads in the type written here
     config = {name: value for name, value in model.config.items() if name != "dtype"}
-    config.update(model_type=kind, architectures=[MODELS[kind][1]],
-                  torch_dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."))    # the type stored
+    config.update(model_type=kind, architectures=[CLASSES[kind][1]], torch_dtype=stored)
     write_file(path / "config.json", [json.dumps(config, indent=2).encode()])
     for name, content in model.files.items():
         write_file(path / name, [content])

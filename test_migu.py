@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def test_norms_embeddings_and_position_tables_are_not_masked():
 
 def test_a_tied_head_can_be_masked():
     model = small().train()
-    assert model.tied
+    assert model.lm_head.weight is model.shared.weight
     masker = MIGU(model, layers="lm_head")
     model.loss(**padded_batch()).backward()
     keep = keep_rows(masker.magnitude[model.lm_head], 0.7)
@@ -506,7 +507,7 @@ def test_harmless_keys_and_equal_copies_load_and_unequal_ones_do_not(tmp_path):
     (dict(model_type="gpt2"), "model_type 'gpt2'"), (dict(model_type=None), "model_type None"),
     (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope scaling 'linear'"),
     (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope scaling 'llama3'"),
-    (dict(hidden_act="gelu"), "hidden_act 'gelu'"), (dict(hidden_size="wide"), "config.json"),
+    (dict(hidden_act="gelu"), "with .gelu."), (dict(hidden_size="wide"), "config.json"),
 ])
 def test_what_is_not_supported_is_refused_by_name(changes, fault, tmp_path):
     save_model(small(Llama), tmp_path)
@@ -581,7 +582,7 @@ def test_own_tasks_take_their_group_from_the_parent_folder(tmp_path, monkeypatch
     assert data.load_task("", tmp_path / "SC" / "films").train[0].prompt.startswith("Task:SC\nDataset:films\nWhat is the sentiment")
     monkeypatch.chdir(tmp_path / "mine" / "news")
     task = data.load_task("", ".")
-    assert task.name == "news" and task.train[0].prompt.startswith("Task:mine\nDataset:news\n" + data.GENERAL + "Option: yes, no \n")
+    assert task.name == "news" and task.train[0].prompt.startswith("Task:mine\nDataset:news\n" + data.GENERAL + " Choose one from the option.\nOption: yes, no \n")
 
 
 def test_orders_are_the_papers():
@@ -775,7 +776,7 @@ def test_micro_batches_change_neither_gradient_nor_mask(world):
                 module.p = 0.0
             if hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.0
-        config = dict(seed=0, dtype="float32", optimizer="sgd", lr=0.1, mask="migu", mask_first=True, batch_size=24, micro_batch=micro,
+        config = types.SimpleNamespace(seed=0, dtype="float32", optimizer="sgd", lr=0.1, mask="migu", mask_first=True, batch_size=24, micro_batch=micro,
                       threshold=0.7, layers=".")
         log = train.train_task(model, rows, config, 0, "one", 1)
         results.append((model, log))
@@ -840,7 +841,7 @@ def test_a_sigkilled_process_resumes_to_the_very_same_numbers(world, tmp_path):
 def test_a_folder_in_use_is_refused_and_so_is_a_resume_with_other_arguments(world, tmp_path, capsys):
     train.main(command(world, tmp_path))
     before = state(run_folder(tmp_path))
-    for more, message in (([], "in use: add --resume"), (["--resume", "--threshold", "0.5"], "other arguments: threshold 0.7, not 0.5")):
+    for more, message in (([], "is in use: add --resume"), (["--resume", "--threshold", "0.5"], "other arguments: threshold 0.7, not 0.5")):
         with pytest.raises(SystemExit) as stop:
             train.main(command(world, tmp_path, *more))
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -866,8 +867,8 @@ def test_the_paper_s_numbers_stand_beside_ours():
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "say what to train on"), (["--order", "7"], "invalid choice"), (["--order", "1", "--threshold", "1.5"], "--threshold"),
-    (["--order", "1", "--lr", "0"], "--lr"), (["--order", "1", "--layers", "("], "not a regular expression"),
-    (["--order", "1", "--device", "abacus"], "--device abacus"), (["--order", "1", "--tasks", "a"], "say what to train on"),
+    (["--order", "1", "--lr", "0"], "--lr"), (["--order", "1", "--layers", "("], "unterminated"),
+    (["--order", "1", "--device", "abacus"], "abacus"), (["--order", "1", "--tasks", "a"], "say what to train on"),
     (["--tasks", "a/x", "b/x"], "same name"), (["--tasks", "no/such"], "labels.json"), (["--frobnicate"], "--frobnicate"),
 ])
 def test_a_user_s_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
@@ -970,7 +971,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             name = self.path.split("/main/")[1]
             host = "localhost" if name.endswith(".safetensors") else "127.0.0.1"
             return self.reply(302, Location=f"http://{host}:{port}/cdn/{name}")
-        name = self.path.split("/cdn/")[-1].split(f"{download.DATA_COMMIT}/")[-1]
+        name = self.path.split("/cdn/")[-1].split(f"{download.COMMIT}/")[-1]
         body = Hub.lies.get(name, Hub.files.get(name))
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         if cut := Hub.cuts.get(name):
@@ -1013,7 +1014,7 @@ def files_below(folder):
 
 
 def test_only_wanted_files_are_fetched_verified_and_not_fetched_twice(hub, tmp_path):
-    assert download.main(["t5-large"]) is None
+    download.main(["t5-large"])
     folder = tmp_path / "models" / "t5-large"
     assert files_below(folder) == {"model.safetensors", "config.json", "spiece.model"}
     assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
@@ -1042,7 +1043,8 @@ def test_a_cut_transfer_goes_on_where_it_stopped(hub, tmp_path, capsys):
     assert (tmp_path / "models" / "t5-large" / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     (tmp_path / "models" / "t5-large" / "model.safetensors").unlink()
     hub.cuts = {"model.safetensors": [500] + [0] * 9}              # no progress any more: stop, keep what came
-    assert download.main(["t5-large"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["t5-large"])
     assert "cut off at byte 500 of 5120000: run again" in capsys.readouterr().err
     assert "model.safetensors" not in files_below("models/t5-large") and "model.safetensors.part" in files_below("models/t5-large")
     hub.cuts = {}
@@ -1052,7 +1054,8 @@ def test_a_cut_transfer_goes_on_where_it_stopped(hub, tmp_path, capsys):
 
 def test_a_wrong_hash_leaves_no_file(hub, capsys):
     hub.lies = {"model.safetensors": bytes(5120000)}
-    assert download.main(["t5-large"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["t5-large"])
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("download.py")]
     assert len(err) == 1 and "another hash" in err[0]
     assert not {name for name in files_below("models") if "model.safetensors" in name or "config.json" in name}
@@ -1061,18 +1064,24 @@ def test_a_wrong_hash_leaves_no_file(hub, capsys):
 @pytest.mark.parametrize("status, message", [(401, "set HF_TOKEN"), (403, "licence"), (404, "check the name"), (500, "try again")])
 def test_refusals_say_what_to_do(hub, status, message, capsys):
     hub.status = {"/api/": status}
-    assert download.main(["someone/something"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["someone/something"])
     err = capsys.readouterr().err
     assert message in err and str(status) in err and err.count("\n") == 1
 
 
 def test_no_safetensors_no_network_and_a_full_disk_are_one_line_each(hub, capsys, monkeypatch):
     hub.listing = json.dumps([{"type": "file", "path": "pytorch_model.bin", "size": 6, "oid": blob(b"pickle")}]).encode()
-    assert download.main(["a/b"]) == 2 and "no safetensors" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["a/b"])
+    assert "no safetensors" in capsys.readouterr().err
     hub.listing = b"<html>log in</html>"
-    assert download.main(["a/b"]) == 2 and "not a listing" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["a/b"])
+    assert "not a listing" in capsys.readouterr().err
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert download.main(["a/b"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["a/b"])
     err = capsys.readouterr().err
     assert "check the network" in err and err.count("\n") == 1
 
@@ -1081,7 +1090,8 @@ def test_a_full_disk_is_one_line(hub, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    assert download.main(["t5-large"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        download.main(["t5-large"])
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert "model.safetensors" not in files_below("models")
 

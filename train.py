@@ -8,8 +8,7 @@
 The method is three lines of train_task(); everything else is what any fine-tuning needs.
 """
 import argparse
-import csv
-import io
+import itertools
 import json
 import math
 import re
@@ -19,6 +18,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,146 +30,108 @@ import eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD
 from model import T5, load_model, open_safetensors, read_json, save_model, write_file
 
-LEARNING_RATE = {"full": 1e-4}                                     # the paper's, for each --tune
-THRESHOLD = {"full": 0.7}
-
+LEARNING_RATE, THRESHOLD = {"full": 1e-4}, {"full": 0.7}           # the paper's, for each --tune
 
 # ---- the command line
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number above `low`, at most `high`."""
-    def parse(text):
-        value = kind(text)
-        if not low < value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not above {low}" + (f", at most {high}" if high < math.inf else ""))
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def pattern(text):
-    try:
-        return re.compile(text).pattern
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = fail
-    add = parser.add_argument
-    add("--demo", action="store_true", help="small made-up tasks and a tiny T5: plain tuning beside MIGU")
-    add("--order", type=int, nargs="+", choices=data.ORDERS, help="the benchmark's orders of tasks")
-    add("--tasks", nargs="+", metavar="TASK", help="instead: task folders of your own, or names of the benchmark's tasks")
-    add("--model", default="t5-large", help=f"a folder, {', '.join(download.MODELS)}, or a hub repository (default t5-large)")
-    add("--tune", choices=LEARNING_RATE, default="full", help="what is trained (default full)")
-    add("--mask", choices=("migu", *CRITERIA[1:], "none"), default="migu", help="which rows of a gradient are kept (default migu)")
-    add("--threshold", type=number(float, -1e-9, 1), help="fraction of rows masked (default: full 0.7)")
-    add("--layers", type=pattern, default=NOT_THE_HEAD, help="masked linear layers, by regular expression (default all but the head)")
-    add("--mask-first", action="store_true", help="mask the first task too")
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default adamw)")
-    add("--lr", type=number(float, 0), help="learning rate (default: full 1e-4)")
-    add("--epochs", type=number(int, 0), help="passes over each task (default 1; WiC in order 5 and MNLI in order 6: 2)")
-    add("--batch-size", type=number(int, 0), default=64, help="examples in a step (default 64)")
-    add("--micro-batch", type=number(int, 0), help="examples in memory at once (default all of a step)")
-    add("--limit", type=number(int, 0), help="only the first N records of each split")
-    add("--eval", choices=("last", "all"), default="last", help="test after the last task, or after every task (default last)")
-    add("--seed", type=int, nargs="+", default=[42], help="one run for each (default 42)")
-    add("--device", help="(default cuda if there is one, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights stay float32 (default bfloat16 on cuda)")
-    add("--data", default="data", help="folder of the benchmark (default data)")
-    add("--out", default="runs", help="folder of the runs (default runs)")
-    add("--resume", action="store_true", help="go on with runs that were stopped")
-    return parser.parse_args(argv)
-
-
 def fail(message):
-    """A user's mistake: one line, exit code 2."""
+    """A user's mistake: one line on stderr, exit code 2."""
     print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
-
 @contextmanager
 def explained(*errors):
-    """These errors are a user's to mend and end in one line; all others keep their traceback."""
+    """These errors are a user's to mend, and end in one line; any other keeps its traceback."""
     try:
         yield
     except errors as error:
         fail(error)
 
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, add = fail, parser.add_argument
+    add("--demo", action="store_true", help="plain tuning beside MIGU, on made-up tasks and a tiny T5")
+    add("--order", type=int, nargs="+", choices=data.ORDERS, help="orders of the benchmark's tasks")
+    add("--tasks", nargs="+", metavar="TASK", help="instead: task folders of your own, or names of the benchmark's tasks")
+    add("--model", default="t5-large", help=f"a folder, {', '.join(download.MODELS)}, or a hub repository (default %(default)s)")
+    add("--tune", choices=LEARNING_RATE, default="full", help="what is trained (default %(default)s)")
+    add("--mask", choices=("migu", *CRITERIA[1:], "none"), default="migu", help="by what the kept rows are chosen (default %(default)s)")
+    add("--threshold", type=float, help=f"fraction of the rows that is masked (default {THRESHOLD})")
+    add("--layers", default=NOT_THE_HEAD, help="the linear layers to mask, a regular expression (default: all but the head)")
+    add("--mask-first", action="store_true", help="mask the first task too")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default %(default)s)")
+    add("--lr", type=float, help=f"learning rate (default {LEARNING_RATE})")
+    add("--epochs", type=int, help="passes over each task (default 1; WiC in order 5 and MNLI in order 6: 2)")
+    add("--batch-size", type=int, default=64, help="examples in a step (default %(default)s)")
+    add("--micro-batch", type=int, help="examples in memory at once (default: all of a step)")
+    add("--limit", type=int, help="only the first N records of each split")
+    add("--eval", choices=("last", "all"), default="last", help="test after the last task, or after each (default %(default)s)")
+    add("--seed", type=int, nargs="+", default=[42], help="a run for each (default 42)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: bfloat16 on cuda)")
+    add("--data", default="data", help="folder of the benchmark (default %(default)s)")
+    add("--out", default="runs", help="folder of the runs (default %(default)s)")
+    add("--resume", action="store_true", help="go on with runs that were stopped")
+    args = parser.parse_args(argv)
+    for name in ("lr", "epochs", "batch_size", "micro_batch", "limit"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} must be above 0")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        fail("--threshold must be from 0 to 1")
+    if args.demo + bool(args.order) + bool(args.tasks) != 1:
+        fail("say what to train on: --demo, --order 1, or --tasks FOLDER FOLDER")
+    with explained(re.error, RuntimeError, AssertionError):
+        re.compile(args.layers)
+        torch.zeros(1, device=args.device)
+    return args
 
 def plan(args):
-    """The runs that a command asks for: a list of (folder, config.json's content), all checked."""
-    if bool(args.order) == bool(args.tasks):
-        fail("say what to train on: --demo, --order 1, or --tasks FOLDER FOLDER")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        fail(f"--device {device} cannot be used here: try --device cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    model_name = Path(args.model).name
+    """The runs that a command asks for, each order with each seed: [(folder, what its config.json will say)]."""
     runs = []
-    for order in args.order or [None]:
-        tasks = list(data.ORDERS[order] if order else args.tasks)
-        names = [Path(task).name for task in tasks]
+    for order, seed in itertools.product(args.order or [None], args.seed):
+        tasks = [*data.ORDERS[order]] if order else args.tasks
+        names, model_name = [Path(task).name for task in tasks], Path(args.model).name
         if len(set(names)) < len(names):
             fail(f"two tasks have the same name: {', '.join(names)}")
-        method = f"{args.tune} {args.mask}"
-        for seed in args.seed:
-            folder = "-".join([f"order{order}" if order else "+".join(names), model_name, *method.split(), f"s{seed}"])
-            config = {**vars(args), "order": order, "tasks": tasks, "seed": seed, "device": device, "dtype": dtype,
-                      "model_name": model_name, "method": method, "lr": args.lr or LEARNING_RATE[args.tune],
-                      "threshold": THRESHOLD[args.tune] if args.threshold is None else args.threshold,
-                      "micro_batch": min(args.micro_batch or args.batch_size, args.batch_size)}
-            for key in ("demo", "resume", "out"):
-                del config[key]
-            config["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-            runs.append((Path(args.out) / folder, config))
-    for folder, config in runs:
-        check_folder(folder, config, args.resume)
+        config = {key: value for key, value in vars(args).items() if key not in ("demo", "out", "resume")}
+        config.update(
+            order=order, tasks=tasks, seed=seed, model_name=model_name, method=f"{args.tune} {args.mask}",
+            lr=args.lr or LEARNING_RATE[args.tune], threshold=THRESHOLD[args.tune] if args.threshold is None else args.threshold,
+            dtype=args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"),
+            micro_batch=min(args.micro_batch or args.batch_size, args.batch_size),
+            versions={"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__})
+        folder = Path(args.out, "-".join([f"order{order}" if order else "+".join(names), model_name, args.tune, args.mask, f"s{seed}"]))
+        if folder.exists() and not args.resume:
+            fail(f"{folder} is in use: add --resume to go on with it, or choose another --out")
+        before = read_json(folder / "config.json") if (folder / "config.json").exists() else config
+        if differ := [key for key in config if key != "versions" and config[key] != before.get(key)]:
+            fail(f"{folder} has other arguments: " + ", ".join(f"{key} {before.get(key)}, not {config[key]}" for key in differ))
+        runs.append((folder, config))
     return runs
 
+# ---- one task: the training loop
 
-def check_folder(folder, config, resume):
-    """A run's folder is new, or holds the same run, to be resumed."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not resume:
-        fail(f"{folder} is in use: add --resume to go on with it, or choose another --out")
-    if (folder / "config.json").exists():
-        before = read_json(folder / "config.json")
-        differ = [key for key in config if key != "versions" and config[key] != before.get(key)]
-        if differ:
-            fail(f"{folder} was run with other arguments: " + ", ".join(f"{key} {before.get(key)}, not {config[key]}" for key in differ))
-
-
-# ---- one task, one run
-
-def train_task(model, rows, config, index, name, epochs):
-    """Train on (input ids, labels) rows with a fresh optimizer; returns the log, a (step, loss, kept) for each step."""
-    seed = np.random.SeedSequence([config["seed"], index])         # a resumed run is the same run
-    torch.manual_seed(int(seed.generate_state(1)[0]))
+def train_task(model, rows, c, index, name, epochs):
+    """Train on rows of (input ids, labels), with a fresh optimizer; returns (step, loss, kept) of each step."""
+    seed = np.random.SeedSequence([c.seed, index])                 # a resumed run is the same run
     rng = np.random.default_rng(seed)
-    device = model.lm_head.weight.device
-    dtype = getattr(torch, config["dtype"])
-    if config["optimizer"] == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), lr=config["lr"])
+    torch.manual_seed(int(seed.generate_state(1)[0]))
+    device, dtype = model.lm_head.weight.device, getattr(torch, c.dtype)
+    if c.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), c.lr)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
-    masker = None
-    if config["mask"] != "none" and (index > 0 or config["mask_first"]):
-        masker = new_masker(model, config)
+        optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
+    masker = new_masker(model, c) if c.mask != "none" and (index > 0 or c.mask_first) else None
     model.train()
-    log, waiting = [], []                                          # losses are read ten at a time: reading waits for the GPU
-    steps = [batch for _ in range(epochs) for batch in data.batches(rows, config["batch_size"], rng)]
-    bar = tqdm(steps, desc=f"train {name}", unit="step", file=sys.stderr)
+    steps = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)]
+    log, unread = [], []                                           # losses are read ten at a time: reading waits for the GPU
+    bar = tqdm(steps, desc=f"train {name}", unit="step")
     for step, batch in enumerate(bar, 1):
         targets = [sum(label != -100 for label in labels) for _, labels in batch]
         total = 0.0
-        for start in range(0, len(batch), config["micro_batch"]):
-            part = slice(start, start + config["micro_batch"])
-            share = sum(targets[part]) / sum(targets)              # the loss is the mean over the whole batch's targets
+        for start in range(0, len(batch), c.micro_batch):
+            part = slice(start, start + c.micro_batch)
+            share = sum(targets[part]) / sum(targets)              # the loss is the mean over all of the batch's targets
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = model.loss(**data.collate(*zip(*batch[part]))) * share
             loss.backward()
@@ -178,160 +140,122 @@ def train_task(model, rows, config, index, name, epochs):
         optimizer.step()
         optimizer.zero_grad()
 
-        waiting.append((step, total, kept))
-        if len(waiting) == 10 or step == len(steps):
-            log += [(n, float(loss), float(kept)) for n, loss, kept in waiting]
-            waiting = []
+        unread.append((step, total, kept))
+        if len(unread) == 10 or step == len(steps):
+            log += [(n, float(loss), float(kept)) for n, loss, kept in unread]
+            unread = []
             bar.set_postfix(loss=f"{log[-1][1]:.3f}")
             for n, loss, _ in log[-10:]:
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {n} of {name}: try a lower --lr than {config['lr']:g}; "
-                                             "the last finished task is kept, --resume goes on after it")
+                    raise FloatingPointError(f"the loss is {loss} at step {n} of {name}: choose a lower --lr than {c.lr:g}; the tasks "
+                                             "before it are kept, and --resume goes on after them")
     if masker:
         masker.remove()
     return log
 
+def new_masker(model, c):
+    return MIGU(model, c.threshold, "magnitude" if c.mask == "migu" else c.mask, c.layers)
 
-def new_masker(model, config):
-    criterion = "magnitude" if config["mask"] == "migu" else config["mask"]
-    return MIGU(model, config["threshold"], criterion, config["layers"])
-
-
-def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
+# ---- one run: the tasks in turn
 
 def write_json(path, value):
     write_file(path, [json.dumps(value, indent=1).encode()])
 
-
 def write_csv(path, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_file(path, [text.getvalue().encode()])
+    write_file(path, ["".join(",".join("" if x is None else str(x) for x in row) + "\n" for row in rows).encode()])
 
+def number(x):
+    return None if np.isnan(x) else float(x)                       # JSON has no NaN
 
-class Progress:
-    """What a run has done, and its files: the weights say how many tasks are finished, results.json what was tested."""
+def peak_memory(device):
+    """Bytes: of the GPU, or of this process."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def __init__(self, folder, tasks):
-        self.folder, self.names = folder, [task.name for task in tasks]
-        self.finished, self.stages, self.log = 0, [], []
-        self.matrix = np.full((len(tasks), len(tasks)), np.nan)
-        weights = folder / "model" / "model.safetensors"
-        if weights.exists():
-            state = json.loads(open_safetensors(weights)[1]["migu"])
-            self.finished, self.stages, self.log = state["finished"], state["stages"], state["log"]
-        if (folder / "results.json").exists():
-            before = read_json(folder / "results.json")
-            self.matrix = np.array(before["matrix"], float)
-            if len(before["stages"]) == self.finished:
-                self.stages = before["stages"]
-
-    def save_weights(self, model):
-        """The log first, then in one rename the weights and how far they are."""
-        write_csv(self.folder / "log.csv", [("task", "step", "loss", "kept"), *self.log])
-        state = {"finished": self.finished, "stages": self.stages, "log": self.log}
-        save_model(model, self.folder / "model", {"migu": json.dumps(state)})
-
-    def save_results(self):
-        none = lambda value: None if np.isnan(value) else float(value)
-        measures = {f.__name__: none(f(self.matrix)) for f in
-                    (evaluation.average_accuracy, evaluation.backward_transfer, evaluation.forgetting)}
-        seconds = sum(stage.get("train_seconds", 0) + stage.get("test_seconds", 0) for stage in self.stages)
-        write_csv(self.folder / "matrix.csv", [["", *self.names], *([n, *map(none, row)] for n, row in zip(self.names, self.matrix))])
-        write_json(self.folder / "results.json", {
-            "tasks": self.names, "matrix": [[none(x) for x in row] for row in self.matrix], **measures,
-            "seconds": seconds, "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in self.stages), "stages": self.stages})
-
-
-def run(folder, config, tasks, tokenizer):
-    """Train on the tasks in turn, saving after each, testing as --eval says; goes on where an earlier run stopped."""
-    progress = Progress(folder, tasks)
-    device, dtype = torch.device(config["device"]), getattr(torch, config["dtype"])
-    to_test = [range(i + 1) if config["eval"] == "all" or i == len(tasks) - 1 else range(0) for i in range(len(tasks))]
-    is_tested = lambda i: not np.isnan(progress.matrix[i, list(to_test[i])]).any()
-    if progress.finished == len(tasks) and is_tested(len(tasks) - 1):
-        print(f"{folder}: nothing left to do")
-        return
+def run(folder, config, source, tasks, tokenizer):
+    """Train on each task, save, test as --eval says. The weights' file also tells which tasks are finished, so that one
+    rename saves both, and --resume goes on from there; results.json is written last."""
+    c, names, weights = SimpleNamespace(**config), [task.name for task in tasks], folder / "model" / "model.safetensors"
+    state = {"stages": [], "matrix": [[None] * len(tasks) for _ in tasks], "log": []}
+    if weights.exists():
+        state = json.loads(open_safetensors(weights)[1]["migu"])
+    finished = len(state["stages"])
+    if finished == len(tasks) and (folder / "results.json").exists() and read_json(folder / "results.json")["average_accuracy"] is not None:
+        return print("nothing left to do")
+    device, dtype = torch.device(c.device), getattr(torch, c.dtype)
     with explained(ValueError, OSError):
-        model = load_model(folder / "model" if progress.finished else config["folder"]).to(device)
-        if config["mask"] != "none":
-            new_masker(model, config).remove()                     # --layers must select something before hours go by
-    write_json(folder / "config.json", {k: v for k, v in config.items() if k != "folder"})
+        model = load_model(folder / "model" if finished else source).to(device)
+        new_masker(model, c).remove()                              # --layers must select something before hours go by
+    write_json(folder / "config.json", config)
     for index, task in enumerate(tasks):
-        if index >= progress.finished:
-            epochs = config["epochs"] or (2 if (config["order"], task.name) in data.TWO_EPOCHS else 1)
+        if index < finished - 1:
+            continue
+        if index >= finished:                                      # else it is trained, and maybe not tested
             rows = [tokenizer.training_row(example) for example in task.train]
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            epochs = c.epochs or (2 if (c.order, task.name) in data.TWO_EPOCHS else 1)
             started = time.perf_counter()
-            log = train_task(model, rows, config, index, task.name, epochs)
+            log = train_task(model, rows, c, index, task.name, epochs)
             seconds = time.perf_counter() - started
-            tokens = sum(len(source) + len(target) * (not tokenizer.decoder_only) for source, target in rows)
-            progress.stages.append({
+            tokens = epochs * sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
+            state["stages"].append({
                 "task": task.name, "train_seconds": seconds, "train_examples_per_second": epochs * len(rows) / seconds,
-                "train_tokens_per_second": epochs * tokens / seconds, "peak_memory_bytes": peak_memory(device)})
-            progress.log += [(task.name, *entry) for entry in log]
-            progress.finished = index + 1
-            progress.save_weights(model)
-        if not is_tested(index):
-            started, count = time.perf_counter(), 0
-            for j in to_test[index]:
-                accuracy, predictions, _ = evaluation.evaluate(model, tokenizer, tasks[j].test, dtype, name=tasks[j].name)
-                lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
-                write_file(folder / "predictions" / f"{index + 1}-{task.name}" / f"{tasks[j].name}.jsonl", ["".join(lines).encode()])
-                progress.matrix[index, j] = accuracy
-                count += len(predictions)
-            seconds = time.perf_counter() - started
-            progress.stages[index].update(test_seconds=seconds, test_examples_per_second=count / seconds)
-        if index >= progress.finished - 1:
-            progress.save_results()
-            stage = progress.stages[index]
-            print(f"{task.name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in stage.items() if key != "task"))
-            print(evaluation.matrix_table(progress.names, progress.matrix), flush=True)
-
+                "train_tokens_per_second": tokens / seconds, "peak_memory_gb": peak_memory(device) / 1e9})
+            state["log"] += [(task.name, *entry) for entry in log]
+            write_csv(folder / "log.csv", [("task", "step", "loss", "kept"), *state["log"]])
+            save_model(model, folder / "model", {"migu": json.dumps(state)})
+        seconds, count = 0.0, 0
+        for j in range(index + 1) if c.eval == "all" or index == len(tasks) - 1 else ():
+            accuracy, predictions, its_seconds = evaluation.evaluate(model, tokenizer, tasks[j].test, dtype, name=names[j])
+            lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
+            write_file(folder / "predictions" / f"{index + 1}-{task.name}" / f"{names[j]}.jsonl", ["".join(lines).encode()])
+            state["matrix"][index][j] = accuracy
+            seconds, count = seconds + its_seconds, count + len(predictions)
+        stage = state["stages"][index]
+        stage.update(test_seconds=seconds, **({"test_examples_per_second": count / seconds} if count else {}))
+        matrix = np.array(state["matrix"], float)
+        write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
+        write_json(folder / "results.json", {
+            "tasks": names, "matrix": state["matrix"], "average_accuracy": number(evaluation.average_accuracy(matrix)),
+            "backward_transfer": number(evaluation.backward_transfer(matrix)), "forgetting": number(evaluation.forgetting(matrix)),
+            "seconds": sum(s["train_seconds"] + s["test_seconds"] for s in state["stages"]),
+            "peak_memory_gb": max(s["peak_memory_gb"] for s in state["stages"]), "stages": state["stages"]})
+        print(", ".join(f"{key.replace('_', ' ')} {x if key == 'task' else format(x, '.4g')}" for key, x in stage.items()))
+        print(evaluation.matrix_table(names, matrix), flush=True)
 
 def demo(args):
-    """Plain tuning beside MIGU on made-up tasks: the very commands a user would type, on a tiny T5 made here."""
+    """Plain tuning beside MIGU on made-up tasks: the commands a user would type, on a tiny T5 made here."""
     root = Path(args.out) / "demo"
     if root.exists() and not (root / "tiny-t5").exists():
         fail(f"{root} is in use: choose another --out")
     shutil.rmtree(root, ignore_errors=True)
-    known = [str(root / "known" / f"words{i}") for i in range(12)]
-    tasks = [str(root / "tasks" / name) for name in ("alpha", "beta", "gamma", "delta")]
+    known, fresh = [root / "known" / f"words{i}" for i in range(12)], [root / "tasks" / name for name in ("alpha", "beta", "gamma", "delta")]
     data.make_demo(known, sizes=(200, 25), seed=1)
-    data.make_demo(tasks, sizes=(400, 100), seed=2)
-    known, fresh = ([data.load_task("", name) for name in names] for names in (known, tasks))
-    print("A tiny T5 learns 12 made-up tasks together; it will never see them again.", flush=True)
+    data.make_demo(fresh, sizes=(400, 100), seed=2)
+    known_tasks, fresh_tasks = ([data.load_task("", folder) for folder in folders] for folders in (known, fresh))
+    print("A tiny T5 first learns 12 made-up tasks at once; what is left of them in the end is the last column below.", flush=True)
     torch.manual_seed(0)
     model = T5(data.DEMO_T5)
-    texts = [text for task in known + fresh for example in task.train for text in example]
+    texts = [text for task in known_tasks + fresh_tasks for example in task.train for text in example]
     model.files["spiece.model"] = data.train_vocabulary(texts, data.DEMO_T5["vocab_size"])
     save_model(model, root / "tiny-t5")
     tokenizer = data.load_tokenizer(root / "tiny-t5")
-    rows = [tokenizer.training_row(example) for task in known for example in task.train]
-    pretraining = {"seed": 0, "dtype": "float32", "optimizer": "adamw", "lr": 1e-3, "mask": "none", "mask_first": False,
-                   "batch_size": 32, "micro_batch": 32}
+    rows = [tokenizer.training_row(example) for task in known_tasks for example in task.train]
+    pretraining = SimpleNamespace(seed=0, dtype="float32", optimizer="adamw", lr=1e-3, mask="none", batch_size=32, micro_batch=32)
     train_task(model, rows, pretraining, 0, "12 known tasks", epochs=6)
     save_model(model, root / "tiny-t5")
-    skill = lambda model: evaluation.evaluate(model, tokenizer, [e for task in known for e in task.test], name="known tasks")[0]
-    rows = [["before", "-", "-", f"{skill(model):.1f}"]]
+    skill = lambda model: evaluation.evaluate(model, tokenizer, [e for task in known_tasks for e in task.test], name="known tasks")[0]
+    before, after = skill(model), {}
     for mask in ("none", "migu"):
-        command = ["--tasks", *tasks, "--model", str(root / "tiny-t5"), "--mask", mask, "--lr", "5e-4", "--epochs", "5",
+        command = ["--tasks", *map(str, fresh), "--model", str(root / "tiny-t5"), "--mask", mask, "--lr", "5e-4", "--epochs", "5",
                    "--batch-size", "32", "--eval", "all", "--device", "cpu", "--out", str(root), "--seed", str(args.seed[0])]
         print("\n$ python train.py " + " ".join(command), flush=True)
         (folder, results), = main(command)
-        rows.append(["plain" if mask == "none" else "MIGU", f"{results['average_accuracy']:.1f}",
-                     f"{results['backward_transfer']:.1f}", f"{skill(load_model(folder / 'model')):.1f}"])
+        after[mask] = [results["average_accuracy"], results["backward_transfer"], skill(load_model(folder / "model"))]
+    gains = [b - a for a, b in zip(after["none"], after["migu"])]
+    rows = [["before", "-", "-", f"{before:.1f}"], *([name, *(f"{x:.1f}" for x in after[mask])] for name, mask in
+                                                     (("plain", "none"), ("MIGU", "migu")))]
     print("\n" + evaluation.table(["", "average accuracy", "backward transfer", "known tasks"], rows))
-    gains = [f"{float(b) - float(a):+.1f}" for a, b in zip(*(row[1:] for row in rows[1:]))]
-    print(f"\nMIGU against plain tuning, seed {args.seed[0]}: average accuracy {gains[0]}, backward transfer {gains[1]}, "
-          f"accuracy kept on the known tasks {gains[2]} points.")
-
+    print("\nMIGU against plain tuning, seed {}: average accuracy {:+.1f}, backward transfer {:+.1f}, known tasks {:+.1f} points."
+          .format(args.seed[0], *gains))
 
 def main(argv=None):
     args = parse_args(argv)
@@ -340,8 +264,8 @@ def main(argv=None):
     with explained(ValueError, OSError):
         runs = plan(args)
         names = {name for _, config in runs for name in config["tasks"]}
-        if any(not (data.task_folder(args.data, name) / f"{part}.json").exists()
-               for name in names & data.GROUP_OF.keys() for part in ("train", "test", "labels")):
+        files = [data.task_folder(args.data, name) / f"{part}.json" for name in names & data.GROUP_OF.keys() for part in ("train", "test", "labels")]
+        if not all(file.exists() for file in files):
             download.fetch_data(args.data)
         tasks = {name: data.load_task(args.data, name, args.limit) for name in sorted(names)}
         source = Path(args.model) if Path(args.model).is_dir() else download.model_folder(args.model)
@@ -351,11 +275,10 @@ def main(argv=None):
     for folder, config in runs:
         print(f"# {folder}", flush=True)
         with explained(OSError, FloatingPointError, torch.OutOfMemoryError):
-            run(folder, {**config, "folder": source}, [tasks[name] for name in config["tasks"]], tokenizer)
+            run(folder, config, source, [tasks[name] for name in config["tasks"]], tokenizer)
     finished = evaluation.load_runs([folder for folder, _ in runs])
     print(evaluation.compare(finished))
     return [(folder, results) for (folder, _), (_, results) in zip(runs, finished)]
-
 
 if __name__ == "__main__":
     main()
