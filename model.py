@@ -5,15 +5,9 @@ transformers gives. One thing is unusual: a batch is kept packed. Linear layers 
 rows one after another; only attention lays them out as (B, H, S, D). No work is spent on padding, and MIGU's magnitudes
 (migu.py) are plain sums over what a layer saw.
 
-In order: packing; what both models share (loss, greedy decoding); T5; Llama; safetensors; folders.
+In order: the parts of both models; loss and greedy decoding; T5; Llama; safetensors; folders.
 """
-import itertools
-import json
-import math
-import mmap
-import os
-import re
-import struct
+import itertools, json, math, mmap, os, re, struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,26 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# ---- the parts of both models
+
 class Rows:
-    """Where the real tokens of a padded batch lie. mask (B, S), bool; kept on the CPU, no step waits for the GPU."""
+    """Where the real tokens of a padded batch lie. mask (B, S), bool; if it is on the CPU, no step waits for the GPU."""
 
     def __init__(self, mask, device):
         self.size = mask.shape                                     # (B, S)
         self.positions = mask.flatten().nonzero().squeeze(1)       # (tokens,), on the mask's device
         self.index = self.positions.to(device, non_blocking=True)
         self.mask = mask.to(device, non_blocking=True)
-        self.dense = len(self.positions) == mask.numel()           # no padding: nothing to move
 
     def pack(self, x):
         """(B, S, ...) -> (tokens, ...)"""
-        x = x.flatten(0, 1)
-        return x if self.dense else x.index_select(0, self.index)
+        return x.flatten(0, 1).index_select(0, self.index)
 
     def pad(self, x):
         """(tokens, ...) -> (B, S, ...), zero at padding."""
-        if not self.dense:
-            x = x.new_zeros(self.size.numel(), *x.shape[1:]).index_copy(0, self.index, x)
-        return x.unflatten(0, self.size)
+        return x.new_zeros(self.size.numel(), *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, self.size)
 
     def split_heads(self, x, heads):
         """(tokens, H * D) -> (B, H, S, D)"""
@@ -50,6 +42,36 @@ class Rows:
         """(B, H, S, D) -> (tokens, H * D)"""
         return self.pack(x.transpose(1, 2).flatten(2))
 
+class Attention(nn.Module):
+    """q, k, v and o by the names their checkpoint gives them; kv_heads < heads: a key head serves consecutive queries."""
+
+    def __init__(self, names, width, heads, kv_heads, head_dim, dropout, scale=None, bias=False):
+        super().__init__()
+        self.names, self.heads, self.kv_heads, self.dropout, self.scale = names, heads, kv_heads, dropout, scale
+        inner = heads * head_dim                                   # need not be the width
+        shapes = (width, inner), (width, kv_heads * head_dim), (width, kv_heads * head_dim), (inner, width)
+        for name, shape in zip(names, shapes):
+            self.add_module(name, nn.Linear(*shape, bias=bias))
+
+    def forward(self, x, rows, bias, cache=None, rope=None, memory=None, memory_rows=None):
+        """x (tokens, d) attends to itself, or to memory (memory tokens, d); bias broadcasts to (B, H, S, keys)."""
+        q, k, v, o = (self.get_submodule(name) for name in self.names)
+        queries = rows.split_heads(q(x), self.heads)
+        source, its_rows = (memory, memory_rows) if memory_rows else (x, rows)
+        if memory_rows and cache and self in cache:
+            keys, values = cache[self]                             # the memory stays the same
+        else:
+            keys, values = (its_rows.split_heads(f(source), self.kv_heads) for f in (k, v))
+            if rope:
+                queries, keys = rotate(queries, *rope), rotate(keys, *rope)
+            if cache is not None:
+                if self in cache:
+                    keys, values = (torch.cat(pair, 2) for pair in zip(cache[self], (keys, values)))
+                cache[self] = keys, values
+        keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1) if self.kv_heads < self.heads else t for t in (keys, values))
+        dropout = self.dropout if self.training else 0.0
+        return o(rows.merge_heads(F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)))
+
 def attention_bias(allowed, weight, bias=None):
     """Attention's additive mask, in the type its queries have: bias (or 0) where allowed, elsewhere the lowest number, which
     is finite: a row of padding alone must not become NaN."""
@@ -58,16 +80,32 @@ def attention_bias(allowed, weight, bias=None):
     bias = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
     return torch.where(allowed, bias, torch.finfo(dtype).min)
 
-def remember(cache, layer, k, v):
-    """All keys and values so far, (B, H, S, D) each: those this layer left in the cache, then these."""
-    if cache is not None:
-        if layer in cache:
-            k, v = torch.cat([cache[layer][0], k], 2), torch.cat([cache[layer][1], v], 2)
-        cache[layer] = k, v
-    return k, v
+def rotate(x, cos, sin):
+    """Rotary positions in the rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
+    left, right = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
+
+def causal(queries, keys, device):
+    """(queries, keys), bool: the queries are the last of the keys, and none sees what follows it."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+class FeedForward(nn.Module):
+    """out(act(in(x))), or gated, with three names: out(act(in(x)) * gate(x))."""
+
+    def __init__(self, names, width, inner, act, dropout=0.0, bias=False):
+        super().__init__()
+        self.names, self.act, self.dropout = names, act, nn.Dropout(dropout)
+        for name in names[:-1]:
+            self.add_module(name, nn.Linear(width, inner, bias=bias))
+        self.add_module(names[-1], nn.Linear(inner, width, bias=bias))
+
+    def forward(self, x):
+        first, *gate, out = (self.get_submodule(name) for name in self.names)
+        h = self.act(first(x))
+        return out(self.dropout(h * gate[0](x) if gate else h))
 
 class LanguageModel(nn.Module):
-    """What T5 and Llama share. Each of them defines hidden(), start() and step()."""
+    """Loss and greedy decoding, the same for T5 and Llama; each of them defines hidden(), start() and step()."""
 
     def __init__(self, config, defaults):
         super().__init__()
@@ -117,72 +155,34 @@ T5_DEFAULTS = dict(
     vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8, dropout_rate=0.1,
     relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6, feed_forward_proj="relu",
     tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
-
-class T5Attention(nn.Module):
-    def __init__(self, c, has_bias=False):
-        super().__init__()
-        inner = c.num_heads * c.d_kv                               # need not be d_model
-        self.heads, self.dropout = c.num_heads, c.dropout_rate
-        self.q, self.k, self.v = (nn.Linear(c.d_model, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, c.d_model, bias=False)
-        if has_bias:
-            self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
-        nn.init.normal_(self.q.weight, std=(c.d_model * c.d_kv) ** -0.5)       # there is no 1/sqrt(D): the start makes up for it
-
-    def forward(self, x, rows, bias, cache=None, memory=None, memory_rows=None):
-        """x (tokens, d) attends to itself, or to memory (memory tokens, d); bias broadcasts to (B, H, S, keys)."""
-        q = rows.split_heads(self.q(x), self.heads)
-        if memory_rows and cache and self in cache:
-            k, v = cache[self]                                     # the memory stays the same
-        else:
-            source, its_rows = (memory, memory_rows) if memory_rows else (x, rows)
-            k, v = (its_rows.split_heads(f(source), self.heads) for f in (self.k, self.v))
-            k, v = remember(cache, self, k, v)
-        dropout = self.dropout if self.training else 0.0
-        return self.o(rows.merge_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=1.0)))
-
-class T5FeedForward(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.gated = c.feed_forward_proj == "gated-gelu"
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            self.add_module(name, nn.Linear(c.d_model, c.d_ff, bias=False))
-        self.wo = nn.Linear(c.d_ff, c.d_model, bias=False)
-        self.dropout = nn.Dropout(c.dropout_rate)
-
-    def forward(self, x):
-        x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
-        return self.wo(self.dropout(x))
+T5_FEED_FORWARD = {"relu": (("wi", "wo"), F.relu), "gated-gelu": (("wi_0", "wi_1", "wo"), nn.GELU("tanh"))}
 
 class T5Stack(nn.Module):
-    """The encoder, or the decoder: blocks of self-attention, (decoder:) cross-attention and feed-forward, each
-    x + dropout(f(norm(x)))."""
+    """The encoder, or the decoder: blocks of self-attention, (decoder) cross-attention and feed-forward, each
+    x + dropout(f(norm(x))). Attention has no 1/sqrt(D)."""
 
-    def __init__(self, c, decoder):
+    def __init__(self, c, decoder, layers):
         super().__init__()
-        self.c, self.decoder = c, decoder
-        layers = c.num_decoder_layers if decoder and c.num_decoder_layers is not None else c.num_layers
-        self.block = nn.ModuleList(self.new_block(c, decoder, has_bias=i == 0) for i in range(layers))
-        self.final_layer_norm = nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
-        self.dropout = nn.Dropout(c.dropout_rate)
-
-    def new_block(self, c, decoder, has_bias):
-        parts = {"SelfAttention": T5Attention(c, has_bias)}
-        if decoder:
-            parts["EncDecAttention"] = T5Attention(c)
-        parts["DenseReluDense"] = T5FeedForward(c)
-        return nn.ModuleDict({"layer": nn.ModuleList(
-            nn.ModuleDict({name: part, "layer_norm": nn.RMSNorm(c.d_model, c.layer_norm_epsilon)}) for name, part in parts.items())})
+        self.c, self.decoder, self.block = c, decoder, nn.ModuleList()
+        for _ in range(layers):
+            parts = {name: Attention("qkvo", c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
+                     for name in (("SelfAttention", "EncDecAttention") if decoder else ("SelfAttention",))}
+            names, act = T5_FEED_FORWARD[c.feed_forward_proj]
+            parts["DenseReluDense"] = FeedForward(names, c.d_model, c.d_ff, act, c.dropout_rate)
+            self.block.append(nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({
+                name: part, "layer_norm": nn.RMSNorm(c.d_model, c.layer_norm_epsilon)}) for name, part in parts.items())}))
+        table = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
+        self.block[0].layer[0].SelfAttention.relative_attention_bias = table               # it serves every block
+        self.final_layer_norm, self.dropout = nn.RMSNorm(c.d_model, c.layer_norm_epsilon), nn.Dropout(c.dropout_rate)
 
     def position_bias(self, queries, keys):
-        """(1, H, queries, keys): a learned number for each bucket of distances. The table lies in block 0 and serves every
-        block; the queries are the last of the keys; a decoder looks back only."""
+        """(1, H, queries, keys): a learned number for each bucket of distances; the queries are the last of the keys."""
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         position = torch.arange(keys, device=table.weight.device)
         distance = position[None, :] - position[keys - queries:, None]
         buckets, first = self.c.relative_attention_num_buckets, 0
         if self.decoder:
-            distance = -distance.clamp(max=0)
+            distance = -distance.clamp(max=0)                      # it looks back only
         else:
             buckets //= 2                                          # half of them for each direction
             first, distance = (distance > 0) * buckets, distance.abs()
@@ -199,7 +199,7 @@ class T5Stack(nn.Module):
             if "SelfAttention" in layer:
                 h = layer.SelfAttention(h, rows, bias, cache)
             elif "EncDecAttention" in layer:
-                h = layer.EncDecAttention(h, rows, memory_bias, cache, memory, memory_rows)
+                h = layer.EncDecAttention(h, rows, memory_bias, cache, None, memory, memory_rows)
             else:
                 h = layer.DenseReluDense(h)
             x = x + self.dropout(h)
@@ -209,10 +209,10 @@ class T5(LanguageModel):
     def __init__(self, config):
         super().__init__(config, T5_DEFAULTS)
         c = self.c
-        if c.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj {c.feed_forward_proj!r} is not supported: only relu and gated-gelu")
+        check(c.feed_forward_proj in T5_FEED_FORWARD, f"feed_forward_proj {c.feed_forward_proj!r} is not supported")
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
-        self.encoder, self.decoder = T5Stack(c, decoder=False), T5Stack(c, decoder=True)
+        self.encoder = T5Stack(c, False, c.num_layers)
+        self.decoder = T5Stack(c, True, c.num_layers if c.num_decoder_layers is None else c.num_decoder_layers)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
@@ -228,38 +228,36 @@ class T5(LanguageModel):
         x = self.shared(rows.pack(input_ids.to(weight.device, non_blocking=True)))
         return self.encoder(x, rows, bias), rows, attention_bias(allowed, weight)
 
+    def decode(self, ids, real, cache, *memory):
+        """The next ids (B, S) and which of them are real -> (tokens, d) for the head, and their rows."""
+        weight, first = self.shared.weight, self.decoder.block[0].layer[0].SelfAttention
+        rows = Rows(real, weight.device)
+        keys = rows.size[1] + (cache[first][0].shape[2] if cache and first in cache else 0)
+        bias = attention_bias(causal(rows.size[1], keys, weight.device), weight, self.decoder.position_bias(rows.size[1], keys))
+        x = self.shared(rows.pack(ids.to(weight.device, non_blocking=True)))
+        return self.decoder(x, rows, bias, cache, *memory) * self.scale, rows
+
     def hidden(self, input_ids, attention_mask, labels):
-        """The decoder's (tokens, d), its rows, its targets (tokens,). It reads the labels shifted right, each row up to its
-        last label (a -100 before that is a position); without labels, the start token alone."""
-        if labels is None:
-            labels = torch.full((len(input_ids), 1), -100)
+        """(tokens, d), its rows, its targets (tokens,). The decoder reads the labels shifted right, each row up to its last
+        label (a -100 before that is a position); without labels, the start token alone."""
+        labels = torch.full((len(input_ids), 1), -100) if labels is None else labels
         real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
         real[:, 0] = True
-        weight = self.shared.weight
-        rows = Rows(real, weight.device)
         ids = labels.roll(1, 1)
         ids = ids.masked_fill(ids == -100, self.pad)
         ids[:, 0] = self.c.decoder_start_token_id
-        causal = torch.ones(rows.size[1], rows.size[1], dtype=torch.bool, device=weight.device).tril()
-        bias = attention_bias(causal, weight, self.decoder.position_bias(*causal.shape))
-        x = self.shared(rows.pack(ids.to(weight.device, non_blocking=True)))
-        x = self.decoder(x, rows, bias, None, *self.encode(input_ids, attention_mask))
-        return x * self.scale, rows, labels.flatten()[rows.positions]
+        x, rows = self.decode(ids, real, None, *self.encode(input_ids, attention_mask))
+        return x, rows, labels.flatten()[rows.positions]
 
     def start(self, input_ids, attention_mask, cache):
-        memory, memory_rows, bias = self.encode(input_ids, attention_mask)
+        memory, rows, bias = self.encode(input_ids, attention_mask)
         cache["memory_bias"] = (bias,)
-        token = torch.full((len(input_ids),), self.c.decoder_start_token_id, device=memory.device)
-        return self.step(token, cache, memory, memory_rows)
+        return self.step(torch.full((len(input_ids),), self.c.decoder_start_token_id), cache, memory, rows)
 
     def step(self, token, cache, memory=None, memory_rows=True):
         """One more token a row: ids (B,) -> logits (B, V). After the first step the memory's keys are in the cache."""
-        first = self.decoder.block[0].layer[0].SelfAttention
-        length = cache[first][0].shape[2] + 1 if first in cache else 1
-        rows = Rows(torch.ones(len(token), 1, dtype=torch.bool), token.device)
-        bias = attention_bias(rows.mask[:1, None], self.shared.weight, self.decoder.position_bias(1, length))
-        x = self.decoder(self.shared(token), rows, bias, cache, memory, memory_rows, cache["memory_bias"][0])
-        return self.lm_head(x * self.scale)
+        real = torch.ones(len(token), 1, dtype=torch.bool)
+        return self.lm_head(self.decode(token[:, None], real, cache, memory, memory_rows, *cache["memory_bias"])[0])
 
 # ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
 
@@ -269,41 +267,14 @@ LLAMA_DEFAULTS = dict(
     rope_parameters=None, attention_bias=False, mlp_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
     pad_token_id=None, bos_token_id=1, eos_token_id=2)
 
-def rotate(x, cos, sin):
-    """Rotary positions in the rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
-    left, right = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
-
-class LlamaAttention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.heads, self.kv_heads, self.dropout = c.num_attention_heads, c.num_key_value_heads, c.attention_dropout
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.attention_bias) for _ in range(2))
-        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
-
-    def forward(self, x, rows, bias, rope, cache=None):
-        q = rotate(rows.split_heads(self.q_proj(x), self.heads), *rope)
-        k = rotate(rows.split_heads(self.k_proj(x), self.kv_heads), *rope)
-        k, v = remember(cache, self, k, rows.split_heads(self.v_proj(x), self.kv_heads))
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))       # a head for consecutive queries
-        dropout = self.dropout if self.training else 0.0
-        return self.o_proj(rows.merge_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout)))
-
-class LlamaMLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias) for _ in range(2))
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 class LlamaLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = LlamaAttention(c), LlamaMLP(c)
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+        self.self_attn = Attention(("q_proj", "k_proj", "v_proj", "o_proj"), c.hidden_size, c.num_attention_heads,
+                                   c.num_key_value_heads, c.head_dim, c.attention_dropout, bias=c.attention_bias)
+        self.mlp = FeedForward(("gate_proj", "up_proj", "down_proj"), c.hidden_size, c.intermediate_size, F.silu, bias=c.mlp_bias)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, *context):
         x = x + self.self_attn(self.input_layernorm(x), *context)
@@ -315,8 +286,8 @@ class Llama(LanguageModel):
         c = self.c
         rope = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or c.hidden_act != "silu":
-            raise ValueError(f"rope scaling {kind!r} with {c.hidden_act!r} is not supported: only plain rotary positions and silu")
+        check(kind == "default", f"rope scaling {kind!r} is not supported")
+        check(c.hidden_act == "silu", f"hidden_act {c.hidden_act!r} is not supported")
         c.rope_theta = rope.get("rope_theta", c.rope_theta)
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
@@ -328,42 +299,36 @@ class Llama(LanguageModel):
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def run(self, ids, rows, positions, allowed, cache=None):
-        """ids (tokens,), positions (B, S), allowed (B, 1, S, keys) -> (tokens, d)."""
-        x = self.model.embed_tokens(ids)
-        half = torch.arange(0, self.c.head_dim, 2, device=x.device) / self.c.head_dim
+    def run(self, ids, mask, cache=None):
+        """The next ids (B, S), padded on either side, and their mask -> (tokens, d) and its rows."""
+        weight = self.lm_head.weight
+        rows = Rows(mask.bool(), weight.device)
+        real = rows.mask                                           # (B, keys): of all ids so far
+        if cache is not None:
+            real = torch.cat([*cache.get("mask", ()), real], 1)
+            cache["mask"] = (real,)
+        half = torch.arange(0, self.c.head_dim, 2, device=weight.device) / self.c.head_dim
+        positions = real.cumsum(1)[:, -rows.size[1]:] - 1          # counted from the row's first real token
         angles = positions[:, None, :, None] * self.c.rope_theta ** -half.repeat(2)        # (B, 1, S, D), fp32
-        rope, bias = (angles.cos(), angles.sin()), attention_bias(allowed, self.lm_head.weight)
+        bias = attention_bias(causal(rows.size[1], real.shape[1], weight.device) & real[:, None, None, :], weight)
+        x = self.model.embed_tokens(rows.pack(ids.to(weight.device, non_blocking=True)))
         for layer in self.model.layers:
-            x = layer(x, rows, bias, rope, cache)
-        return self.model.norm(x)
-
-    def prefix(self, input_ids, attention_mask, cache=None):
-        """(B, S), padded on either side -> its hidden (tokens, d) and its rows."""
-        device = self.lm_head.weight.device
-        rows = Rows(attention_mask.bool(), device)
-        causal = torch.ones(rows.size[1], rows.size[1], dtype=torch.bool, device=device).tril()
-        positions = rows.mask.cumsum(1) - 1                        # counted from the row's first real token
-        ids = rows.pack(input_ids.to(device, non_blocking=True))
-        return self.run(ids, rows, positions, causal & rows.mask[:, None, None, :], cache), rows
+            x = layer(x, rows, bias, cache, (angles.cos(), angles.sin()))
+        return self.model.norm(x), rows
 
     def hidden(self, input_ids, attention_mask, labels):
         """(tokens, d), its rows, and each token's target (tokens,): the label that follows it."""
-        x, rows = self.prefix(input_ids, attention_mask)
+        x, rows = self.run(input_ids, attention_mask)
         return x, rows, None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[rows.positions]
 
     def start(self, input_ids, attention_mask, cache):
-        x, rows = self.prefix(input_ids, attention_mask, cache)
-        cache["mask"] = (rows.mask,)
+        x, rows = self.run(input_ids, attention_mask, cache)
         last = rows.size[1] - 1 - rows.mask.flip(1).int().argmax(1)            # (B,): each row's last real token
         return self.lm_head(rows.pad(x)[torch.arange(len(last), device=x.device), last])
 
     def step(self, token, cache):
         """One more token a row: ids (B,) -> logits (B, V)."""
-        rows = Rows(torch.ones(len(token), 1, dtype=torch.bool), token.device)
-        mask = torch.cat([*cache["mask"], rows.mask], 1)
-        cache["mask"] = (mask,)
-        return self.lm_head(self.run(token, rows, mask.sum(1, keepdim=True) - 1, mask[:, None, None, :], cache))
+        return self.lm_head(self.run(token[:, None], torch.ones(len(token), 1), cache)[0])
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
 

@@ -251,9 +251,9 @@ def demo(args):
         (folder, results), = main(command)
         after[mask] = [results["average_accuracy"], results["backward_transfer"], skill(load_model(folder / "model"))]
     gains = [b - a for a, b in zip(after["none"], after["migu"])]
-    rows = [["before", "-", "-", f"{before:.1f}"], *([name, *(f"{x:.1f}" for x in after[mask])] for name, mask in
+    rows = [["", "average accuracy", "backward transfer", "known tasks"], ["before", "-", "-", f"{before:.1f}"], *([name, *(f"{x:.1f}" for x in after[mask])] for name, mask in
                                                      (("plain", "none"), ("MIGU", "migu")))]
-    print("\n" + evaluation.table(["", "average accuracy", "backward transfer", "known tasks"], rows))
+    print("\n" + evaluation.table(rows))
     print("\nMIGU against plain tuning, seed {}: average accuracy {:+.1f}, backward transfer {:+.1f}, known tasks {:+.1f} points."
           .format(args.seed[0], *gains))
 
