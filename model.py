@@ -340,14 +340,14 @@ DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F4": torch.float4_e2m1fn_x2}
 
 def write_file(path, chunks):
-    """Write chunks of bytes to path, whole or not at all: temporary file, fsync, rename."""
+    """Write chunks of bytes or text to path, whole or not at all: temporary file, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             for chunk in chunks:
-                file.write(chunk)
+                file.write(chunk.encode() if isinstance(chunk, str) else chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -503,14 +503,16 @@ def load_model(path, dtype=torch.float32):
     model.files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).exists()}
     return model.eval()
 
-def save_model(model, path, metadata=None):
-    """Write config.json, the tokenizer's files and model.safetensors: a folder that from_pretrained opens."""
+def save_model(model, path, metadata=None, tensors=None):
+    """Write config.json, the tokenizer's files and model.safetensors (the model's parameters, unless tensors are given): a
+    folder that from_pretrained opens."""
     path, kind = Path(path), "t5" if isinstance(model, T5) else "llama"
-    tensors = dict(model.named_parameters())                       # a tied head counts once
-    stored = str(model.lm_head.weight.dtype).removeprefix("torch.")            # transformers loads in the type written here
+    tensors = tensors or dict(model.named_parameters())            # a tied head counts once
+    widest = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
+    stored = str(widest).removeprefix("torch.")                    # transformers loads all in the type written here
     config = {name: value for name, value in model.config.items() if name != "dtype"}
     config.update(model_type=kind, architectures=[CLASSES[kind][1]], torch_dtype=stored)
-    write_file(path / "config.json", [json.dumps(config, indent=2).encode()])
+    write_file(path / "config.json", [json.dumps(config, indent=2)])
     for name, content in model.files.items():
         write_file(path / name, [content])
     write_safetensors(path / "model.safetensors", tensors, metadata)

@@ -778,7 +778,7 @@ def test_micro_batches_change_neither_gradient_nor_mask(world):
                 module.dropout = 0.0
         config = types.SimpleNamespace(seed=0, dtype="float32", optimizer="sgd", lr=0.1, mask="migu", mask_first=True, batch_size=24, micro_batch=micro,
                       threshold=0.7, layers=".")
-        log = train.train_task(model, rows, config, 0, "one", 1)
+        log = train.train_task(model, rows, config, True, train.seeded(0, 0), "one", 1)
         results.append((model, log))
     (one, log), (two, log_two) = results
     assert log[0][1] == pytest.approx(log_two[0][1], rel=1e-6) and log[0][2] == log_two[0][2]

@@ -3,19 +3,12 @@
     python train.py --demo                               # offline, on a CPU, in about two minutes
     python train.py --order 1                            # t5-large, full tuning with MIGU, the paper's settings
     python train.py --order 1 2 3 --seed 42 1024 2048    # nine runs, and a table over them
+    python train.py --order 4 --tune lora --mask none --replay 0.02
     python train.py --tasks my_tasks/news my_tasks/mail  # folders with train.json, test.json and labels.json
 
-The method is three lines of train_task(); everything else is what any fine-tuning needs.
+--tune, --mask and --replay are free to combine. The method is three lines of train_task().
 """
-import argparse
-import itertools
-import json
-import math
-import re
-import resource
-import shutil
-import sys
-import time
+import argparse, csv, itertools, json, math, re, resource, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +20,11 @@ from tqdm import tqdm
 import data
 import download
 import eval as evaluation
-from migu import CRITERIA, MIGU, NOT_THE_HEAD
-from model import T5, load_model, open_safetensors, read_json, save_model, write_file
+from migu import CRITERIA, MIGU, NOT_THE_HEAD, adapters, add_lora, merge_lora, orthogonality_penalty, plain_weights
+from model import T5, load_model, open_safetensors, read_json, read_safetensors, save_model, write_file, write_safetensors
 
-LEARNING_RATE, THRESHOLD = {"full": 1e-4}, {"full": 0.7}           # the paper's, for each --tune
+LEARNING_RATE = {"full": 1e-4, "lora": 1e-3, "inclora": 1e-3, "olora": 1e-3}               # the paper's
+THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05, "replay": 0.4}
 
 # ---- the command line
 
@@ -54,13 +48,17 @@ def parse_args(argv):
     add("--order", type=int, nargs="+", choices=data.ORDERS, help="orders of the benchmark's tasks")
     add("--tasks", nargs="+", metavar="TASK", help="instead: task folders of your own, or names of the benchmark's tasks")
     add("--model", default="t5-large", help=f"a folder, {', '.join(download.MODELS)}, or a hub repository (default %(default)s)")
-    add("--tune", choices=LEARNING_RATE, default="full", help="what is trained (default %(default)s)")
+    add("--tune", choices=LEARNING_RATE, default="full", help="all weights; one adapter; one for each task; these kept orthogonal")
     add("--mask", choices=("migu", *CRITERIA[1:], "none"), default="migu", help="by what the kept rows are chosen (default %(default)s)")
+    add("--replay", type=float, default=0.0, metavar="FRACTION", help="of each past task's records, mixed into the later tasks")
+    add("--joint", action="store_true", help="an upper bound: train on all tasks at once, then test each")
     add("--threshold", type=float, help=f"fraction of the rows that is masked (default {THRESHOLD})")
     add("--layers", default=NOT_THE_HEAD, help="the linear layers to mask, a regular expression (default: all but the head)")
     add("--mask-first", action="store_true", help="mask the first task too")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default %(default)s)")
     add("--lr", type=float, help=f"learning rate (default {LEARNING_RATE})")
+    add("--l1", type=float, default=0.5, help="O-LoRA's weight of the orthogonality penalty (default %(default)s)")
+    add("--l2", type=float, default=0.0, help="O-LoRA's weight of the adapters' norms (default %(default)s)")
     add("--epochs", type=int, help="passes over each task (default 1; WiC in order 5 and MNLI in order 6: 2)")
     add("--batch-size", type=int, default=64, help="examples in a step (default %(default)s)")
     add("--micro-batch", type=int, help="examples in memory at once (default: all of a step)")
@@ -68,7 +66,7 @@ def parse_args(argv):
     add("--eval", choices=("last", "all"), default="last", help="test after the last task, or after each (default %(default)s)")
     add("--seed", type=int, nargs="+", default=[42], help="a run for each (default 42)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; weights are float32 (default: bfloat16 on cuda)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; trained weights are float32 (default: bfloat16 on cuda)")
     add("--data", default="data", help="folder of the benchmark (default %(default)s)")
     add("--out", default="runs", help="folder of the runs (default %(default)s)")
     add("--resume", action="store_true", help="go on with runs that were stopped")
@@ -76,8 +74,8 @@ def parse_args(argv):
     for name in ("lr", "epochs", "batch_size", "micro_batch", "limit"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must be above 0")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        fail("--threshold must be from 0 to 1")
+    if not all(0 <= x <= 1 for x in (args.threshold or 0.0, args.replay)):
+        fail("--threshold and --replay are fractions from 0 to 1")
     if args.demo + bool(args.order) + bool(args.tasks) != 1:
         fail("say what to train on: --demo, --order 1, or --tasks FOLDER FOLDER")
     with explained(re.error, RuntimeError, AssertionError):
@@ -93,14 +91,15 @@ def plan(args):
         names, model_name = [Path(task).name for task in tasks], Path(args.model).name
         if len(set(names)) < len(names):
             fail(f"two tasks have the same name: {', '.join(names)}")
+        method = [args.tune, args.mask] + [f"replay{args.replay:g}"] * (args.replay > 0) + ["joint"] * args.joint
+        threshold = THRESHOLD["replay" if args.replay else args.tune] if args.threshold is None else args.threshold
         config = {key: value for key, value in vars(args).items() if key not in ("demo", "out", "resume")}
         config.update(
-            order=order, tasks=tasks, seed=seed, model_name=model_name, method=f"{args.tune} {args.mask}",
-            lr=args.lr or LEARNING_RATE[args.tune], threshold=THRESHOLD[args.tune] if args.threshold is None else args.threshold,
+            order=order, tasks=tasks, seed=seed, model_name=model_name, method=" ".join(method), threshold=threshold,
+            lr=args.lr or LEARNING_RATE[args.tune], micro_batch=min(args.micro_batch or args.batch_size, args.batch_size),
             dtype=args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"),
-            micro_batch=min(args.micro_batch or args.batch_size, args.batch_size),
             versions={"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__})
-        folder = Path(args.out, "-".join([f"order{order}" if order else "+".join(names), model_name, args.tune, args.mask, f"s{seed}"]))
+        folder = Path(args.out, "-".join([f"order{order}" if order else "+".join(names), model_name, *method, f"s{seed}"]))
         if folder.exists() and not args.resume:
             fail(f"{folder} is in use: add --resume to go on with it, or choose another --out")
         before = read_json(folder / "config.json") if (folder / "config.json").exists() else config
@@ -111,17 +110,24 @@ def plan(args):
 
 # ---- one task: the training loop
 
-def train_task(model, rows, c, index, name, epochs):
+def seeded(seed, index, purpose=0):
+    """A generator for a task, the same however the run came to it; torch's own is seeded with it."""
+    sequence = np.random.SeedSequence([seed, index, purpose])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+    return np.random.default_rng(sequence)
+
+def new_masker(model, c):
+    return MIGU(model, c.threshold, "magnitude" if c.mask == "migu" else c.mask, c.layers)
+
+def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
     """Train on rows of (input ids, labels), with a fresh optimizer; returns (step, loss, kept) of each step."""
-    seed = np.random.SeedSequence([c.seed, index])                 # a resumed run is the same run
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(int(seed.generate_state(1)[0]))
     device, dtype = model.lm_head.weight.device, getattr(torch, c.dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
     if c.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), c.lr)
+        optimizer = torch.optim.SGD(trained, c.lr)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
-    masker = new_masker(model, c) if c.mask != "none" and (index > 0 or c.mask_first) else None
+        optimizer = torch.optim.AdamW(trained, c.lr, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
+    masker = new_masker(model, c) if masked else None
     model.train()
     steps = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)]
     log, unread = [], []                                           # losses are read ten at a time: reading waits for the GPU
@@ -136,6 +142,8 @@ def train_task(model, rows, c, index, name, epochs):
                 loss = model.loss(**data.collate(*zip(*batch[part]))) * share
             loss.backward()
             total = total + loss.detach()
+        if earlier:
+            orthogonality_penalty(model, earlier, c.l1, c.l2).backward()
         kept = masker.mask_gradients() if masker else 1.0          # MIGU: the rows of small magnitude get no gradient
         optimizer.step()
         optimizer.zero_grad()
@@ -153,72 +161,101 @@ def train_task(model, rows, c, index, name, epochs):
         masker.remove()
     return log
 
-def new_masker(model, c):
-    return MIGU(model, c.threshold, "magnitude" if c.mask == "migu" else c.mask, c.layers)
-
 # ---- one run: the tasks in turn
 
-def write_json(path, value):
-    write_file(path, [json.dumps(value, indent=1).encode()])
-
 def write_csv(path, rows):
-    write_file(path, ["".join(",".join("" if x is None else str(x) for x in row) + "\n" for row in rows).encode()])
-
-def number(x):
-    return None if np.isnan(x) else float(x)                       # JSON has no NaN
+    lines = []
+    csv.writer(SimpleNamespace(write=lines.append), lineterminator="\n").writerows(rows)
+    write_file(path, lines)
 
 def peak_memory(device):
     """Bytes: of the GPU, or of this process."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+def prepare(folder, source, c, finished):
+    """The model as the last finished task left it, and what of its adapters is needed on: LoRA's own, which it goes on
+    training, or O-LoRA's earlier A (layer name -> (ranks, d_in))."""
+    model = load_model(folder / "model" if finished and c.tune != "lora" else source).to(c.device)
+    seeded(c.seed, 0)
+    if c.tune != "full":
+        add_lora(model)
+        for name, p in model.named_parameters():                   # frozen weights in the type of the arithmetic, but adapted
+            if not p.requires_grad and name.removesuffix(".weight") not in adapters(model):
+                p.data = p.data.to(getattr(torch, c.dtype))        # layers in fp32, so that folding does not drift
+    if c.mask != "none":
+        new_masker(model, c).remove()                              # --layers must select something before hours go by
+    saved = read_safetensors(folder / "adapters" / f"{finished}.safetensors") if finished and c.tune in ("lora", "olora") else {}
+    saved = {name: tensor.to(c.device) for name, tensor in saved.items()}
+    if c.tune == "lora":
+        model.load_state_dict(saved, strict=False)
+    elif c.tune != "full":
+        merge_lora(model)                                          # B is zero: unchanged
+    return model, saved
+
 def run(folder, config, source, tasks, tokenizer):
-    """Train on each task, save, test as --eval says. The weights' file also tells which tasks are finished, so that one
-    rename saves both, and --resume goes on from there; results.json is written last."""
+    """Train on each task, save, test as --eval says. The weights' file also tells what is finished, so that one rename saves
+    both, and --resume goes on from there."""
     c, names, weights = SimpleNamespace(**config), [task.name for task in tasks], folder / "model" / "model.safetensors"
     state = {"stages": [], "matrix": [[None] * len(tasks) for _ in tasks], "log": []}
     if weights.exists():
         state = json.loads(open_safetensors(weights)[1]["migu"])
-    finished = len(state["stages"])
-    if finished == len(tasks) and (folder / "results.json").exists() and read_json(folder / "results.json")["average_accuracy"] is not None:
+    finished, todo = len(state["stages"]), [len(tasks) - 1] if c.joint else range(len(tasks))
+    if finished == len(todo) and (folder / "results.json").exists() and read_json(folder / "results.json")["average_accuracy"] is not None:
         return print("nothing left to do")
     device, dtype = torch.device(c.device), getattr(torch, c.dtype)
     with explained(ValueError, OSError):
-        model = load_model(folder / "model" if finished else source).to(device)
-        new_masker(model, c).remove()                              # --layers must select something before hours go by
-    write_json(folder / "config.json", config)
-    for index, task in enumerate(tasks):
-        if index < finished - 1:
+        model, earlier = prepare(folder, source, c, finished)
+    write_file(folder / "config.json", [json.dumps(config, indent=1)])
+    rows_of = lambda task: [tokenizer.training_row(example) for example in task.train]
+    for stage, index in enumerate(todo):
+        name = "all tasks" if c.joint else names[index]
+        if stage < finished - 1:
             continue
-        if index >= finished:                                      # else it is trained, and maybe not tested
-            rows = [tokenizer.training_row(example) for example in task.train]
-            epochs = c.epochs or (2 if (c.order, task.name) in data.TWO_EPOCHS else 1)
-            started = time.perf_counter()
-            log = train_task(model, rows, c, index, task.name, epochs)
+        if stage >= finished:                                      # else it is trained, and maybe not tested
+            rows = rows_of(tasks[index])
+            for j in range(index):                                 # replay: the same records each time
+                past = rows_of(tasks[j]) if c.joint or c.replay else []
+                rows += past if c.joint else [past[k] for k in seeded(c.seed, j, 1).permutation(len(past))[:int(len(past) * c.replay)]]
+            epochs = c.epochs or (2 if (c.order, name) in data.TWO_EPOCHS else 1)
+            rng, started = seeded(c.seed, stage), time.perf_counter()
+            if c.tune in ("inclora", "olora"):
+                add_lora(model)
+            masked = c.mask != "none" and (stage > 0 or c.mask_first)
+            log = train_task(model, rows, c, masked, rng, name, epochs, earlier if c.tune == "olora" else None)
             seconds = time.perf_counter() - started
             tokens = epochs * sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
             state["stages"].append({
-                "task": task.name, "train_seconds": seconds, "train_examples_per_second": epochs * len(rows) / seconds,
+                "task": name, "train_seconds": seconds, "train_examples_per_second": epochs * len(rows) / seconds,
                 "train_tokens_per_second": tokens / seconds, "peak_memory_gb": peak_memory(device) / 1e9})
-            state["log"] += [(task.name, *entry) for entry in log]
+            state["log"] += [(name, *entry) for entry in log]
             write_csv(folder / "log.csv", [("task", "step", "loss", "kept"), *state["log"]])
-            save_model(model, folder / "model", {"migu": json.dumps(state)})
+            if c.tune == "lora":
+                earlier = {key: p.detach() for key, p in model.named_parameters() if ".lora_" in key}
+            elif c.tune == "olora":
+                earlier = {key: torch.cat([*([earlier[key]] if key in earlier else []), adapter.lora_A.weight.detach()])
+                           for key, adapter in adapters(model).items()}
+            if earlier:
+                write_safetensors(folder / "adapters" / f"{stage + 1}.safetensors", earlier)
+            if c.tune in ("inclora", "olora"):
+                merge_lora(model)
+            save_model(model, folder / "model", {"migu": json.dumps(state)}, plain_weights(model))
         seconds, count = 0.0, 0
         for j in range(index + 1) if c.eval == "all" or index == len(tasks) - 1 else ():
             accuracy, predictions, its_seconds = evaluation.evaluate(model, tokenizer, tasks[j].test, dtype, name=names[j])
             lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
-            write_file(folder / "predictions" / f"{index + 1}-{task.name}" / f"{names[j]}.jsonl", ["".join(lines).encode()])
+            write_file(folder / "predictions" / f"{index + 1}-{names[index]}" / f"{names[j]}.jsonl", lines)
             state["matrix"][index][j] = accuracy
             seconds, count = seconds + its_seconds, count + len(predictions)
-        stage = state["stages"][index]
-        stage.update(test_seconds=seconds, **({"test_examples_per_second": count / seconds} if count else {}))
+        speeds = state["stages"][stage]
+        speeds.update(test_seconds=seconds, **({"test_examples_per_second": count / seconds} if count else {}))
         matrix = np.array(state["matrix"], float)
+        measures = {name: getattr(evaluation, name)(matrix) for name in evaluation.MEASURES}
         write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
-        write_json(folder / "results.json", {
-            "tasks": names, "matrix": state["matrix"], "average_accuracy": number(evaluation.average_accuracy(matrix)),
-            "backward_transfer": number(evaluation.backward_transfer(matrix)), "forgetting": number(evaluation.forgetting(matrix)),
+        write_file(folder / "results.json", [json.dumps({
+            "tasks": names, "matrix": state["matrix"], **{name: None if np.isnan(x) else x for name, x in measures.items()},
             "seconds": sum(s["train_seconds"] + s["test_seconds"] for s in state["stages"]),
-            "peak_memory_gb": max(s["peak_memory_gb"] for s in state["stages"]), "stages": state["stages"]})
-        print(", ".join(f"{key.replace('_', ' ')} {x if key == 'task' else format(x, '.4g')}" for key, x in stage.items()))
+            "peak_memory_gb": max(s["peak_memory_gb"] for s in state["stages"]), "stages": state["stages"]}, indent=1)])
+        print(", ".join(f"{key.replace('_', ' ')} {x if key == 'task' else format(x, '.4g')}" for key, x in speeds.items()))
         print(evaluation.matrix_table(names, matrix), flush=True)
 
 def demo(args):
@@ -232,30 +269,28 @@ def demo(args):
     data.make_demo(fresh, sizes=(400, 100), seed=2)
     known_tasks, fresh_tasks = ([data.load_task("", folder) for folder in folders] for folders in (known, fresh))
     print("A tiny T5 first learns 12 made-up tasks at once; what is left of them in the end is the last column below.", flush=True)
-    torch.manual_seed(0)
+    rng = seeded(0, 0)
     model = T5(data.DEMO_T5)
     texts = [text for task in known_tasks + fresh_tasks for example in task.train for text in example]
     model.files["spiece.model"] = data.train_vocabulary(texts, data.DEMO_T5["vocab_size"])
     save_model(model, root / "tiny-t5")
     tokenizer = data.load_tokenizer(root / "tiny-t5")
     rows = [tokenizer.training_row(example) for task in known_tasks for example in task.train]
-    pretraining = SimpleNamespace(seed=0, dtype="float32", optimizer="adamw", lr=1e-3, mask="none", batch_size=32, micro_batch=32)
-    train_task(model, rows, pretraining, 0, "12 known tasks", epochs=6)
+    c = SimpleNamespace(dtype="float32", optimizer="adamw", lr=1e-3, batch_size=32, micro_batch=32)
+    train_task(model, rows, c, False, rng, "12 known tasks", epochs=6)
     save_model(model, root / "tiny-t5")
     skill = lambda model: evaluation.evaluate(model, tokenizer, [e for task in known_tasks for e in task.test], name="known tasks")[0]
-    before, after = skill(model), {}
-    for mask in ("none", "migu"):
+    table, after = [["", "average accuracy", "backward transfer", "known tasks"], ["before", "-", "-", f"{skill(model):.1f}"]], []
+    for name, mask in (("plain", "none"), ("MIGU", "migu")):
         command = ["--tasks", *map(str, fresh), "--model", str(root / "tiny-t5"), "--mask", mask, "--lr", "5e-4", "--epochs", "5",
                    "--batch-size", "32", "--eval", "all", "--device", "cpu", "--out", str(root), "--seed", str(args.seed[0])]
         print("\n$ python train.py " + " ".join(command), flush=True)
         (folder, results), = main(command)
-        after[mask] = [results["average_accuracy"], results["backward_transfer"], skill(load_model(folder / "model"))]
-    gains = [b - a for a, b in zip(after["none"], after["migu"])]
-    rows = [["", "average accuracy", "backward transfer", "known tasks"], ["before", "-", "-", f"{before:.1f}"], *([name, *(f"{x:.1f}" for x in after[mask])] for name, mask in
-                                                     (("plain", "none"), ("MIGU", "migu")))]
-    print("\n" + evaluation.table(rows))
+        after.append([results["average_accuracy"], results["backward_transfer"], skill(load_model(folder / "model"))])
+        table.append([name, *(f"{x:.1f}" for x in after[-1])])
+    print("\n" + evaluation.table(table))
     print("\nMIGU against plain tuning, seed {}: average accuracy {:+.1f}, backward transfer {:+.1f}, known tasks {:+.1f} points."
-          .format(args.seed[0], *gains))
+          .format(args.seed[0], *(b - a for a, b in zip(*after))))
 
 def main(argv=None):
     args = parse_args(argv)
