@@ -3,8 +3,7 @@
 A task is a folder <group>/<name>/ with train.json and test.json, lists of {"sentence", "label"}, and labels.json, the list
 of labels (the form of O-LoRA's CL_Benchmark, which the paper uses). The group names the instruction.
 """
-import io
-import json
+import io, json
 from collections import namedtuple
 from pathlib import Path
 

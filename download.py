@@ -5,14 +5,7 @@
 Models come from the Hugging Face hub (HF_ENDPOINT: another server; HF_TOKEN: for gated models) into models/, the 15 tasks
 from O-LoRA's repository into data/. What is there and right is left alone; no half file ever has its final name.
 """
-import hashlib
-import http.client
-import json
-import os
-import re
-import sys
-import urllib.error
-import urllib.request
+import hashlib, http.client, json, os, re, sys, urllib.error, urllib.request
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote, urlsplit

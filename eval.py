@@ -5,10 +5,7 @@
 
 matrix[i, j] is the accuracy on task j after training on task i, in percent; NaN where it was not measured.
 """
-import argparse
-import string
-import sys
-import time
+import argparse, string, sys, time
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,12 +16,15 @@ from tqdm import tqdm
 import data
 from model import read_json
 
-PAPER = {                                                          # table 8: average accuracy of orders 1 to 6
-    "t5-large full none": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6),
-    "t5-large full migu": (78.3, 79.8, 78.3, 77.1, 73.6, 70.7),
+PAPER = {                                                          # table 8, t5-large: average accuracy of orders 1 to 6
+    "full none": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6), "full migu": (78.3, 79.8, 78.3, 77.1, 73.6, 70.7),
+    "full none replay0.02": (77.4, 77.1, 77.9), "full migu replay0.02": (80.8, 77.0, 78.0),
+    "lora none": (60.7, 70.0, 73.1, 53.7, 44.4, 39.8), "lora migu": (74.8, 71.6, 73.5, 66.9, 64.8, 51.8),
+    "inclora none": (67.0, 66.7, 72.6, 65.5, 64.9, 63.9), "inclora migu": (77.2, 76.7, 75.4, 71.3, 67.7, 67.3),
+    "olora none": (77.1, 76.2, 76.6, 68.4, 68.8, 71.4), "olora migu": (77.1, 77.0, 75.6, 67.3, 68.5, 74.2),
+    "lora none replay0.02": (77.1, 73.4, 73.2, 74.5, 75.4, 75.7), "lora migu replay0.02": (77.8, 75.1, 75.9, 75.4, 76.8, 77.2),
 }
 MEASURES = ("average_accuracy", "backward_transfer", "forgetting")
-SETTINGS = ("threshold", "lr", "optimizer", "layers", "mask_first", "epochs", "batch_size", "limit")
 
 # ---- one model, one task
 
@@ -88,51 +88,53 @@ def matrix_table(tasks, matrix):
     measured = [(task, row) for task, row in zip(tasks, matrix) if not np.isnan(row).all()]
     return table([["after \\ on", *tasks], *([task, *map(cell, row)] for task, row in measured)])
 
-def load_runs(folders):
-    """(config, results) of each run folder. ValueError or OSError names the file."""
-    return [tuple(read_json(Path(folder) / name) for name in ("config.json", "results.json")) for folder in folders]
-
-def compare(runs):
-    """A table over runs: mean and std over seeds for each method and order, beside the paper's average accuracy."""
-    methods, orders = defaultdict(list), {}
-    for config, results in runs:
+def read_runs(folders):
+    """(label, column, config, results) of each run; the label names its folder's parent where there are several."""
+    folders = [Path(folder) for folder in folders]
+    for folder in folders:
+        config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
+        where = f"{folder.parent} " if len({folder.parent for folder in folders}) > 1 else ""
         column = f"order {config['order']}" if config["order"] else " ".join(results["tasks"])
-        orders[column] = config["order"]
-        methods[f"{config['model_name']} {config['method']}"].append((column, config, results))
-    columns = sorted(orders)
-    rows = [["", *columns]]
-    for method, its_runs in sorted(methods.items()):
-        differ = [key for key in SETTINGS if len({config[key] for _, config, _ in its_runs}) > 1]
-        values = defaultdict(list)                                 # (settings, measure, column) -> one number a seed
-        for column, config, results in its_runs:
-            settings = " ".join([method, *(f"{key}={config[key]}" for key in differ)])
-            for measure in MEASURES:
-                values[settings, measure, column].append(np.nan if results[measure] is None else results[measure])
-        for settings, measure in dict.fromkeys(key[:2] for key in values):
-            seeds = [values.get((settings, measure, column), [np.nan]) for column in columns]
-            rows.append([f"{settings}: {measure.replace('_', ' ')}", *(
-                cell(np.mean(x)) + (f" ± {np.std(x, ddof=1):.1f} ({len(x)} seeds)" if len(x) > 1 else "") for x in seeds)])
-        if method in PAPER:
-            rows.append([f"  the paper's {method}: average accuracy", *(
-                cell(PAPER[method][orders[column] - 1] if orders[column] else None) for column in columns)])
-    return table(rows)
+        yield where + config["model_name"], column, config, results
 
-def plot(runs, file):
+def compare(folders):
+    """A table for each measure: a row a method, a column an order, mean and std over seeds; then the mean of the columns and
+    the gain over no mask; under t5-large's accuracies, the paper's."""
+    values, orders = defaultdict(list), {}                         # (model, method, column, measure) -> a number a seed
+    for model, column, config, results in read_runs(folders):
+        orders[column] = config["order"]
+        for measure in MEASURES:
+            values[model, config["method"], column, measure].append(np.nan if results[measure] is None else results[measure])
+    columns, tables = sorted(orders), []
+    for measure in MEASURES:
+        tables.append([[measure.replace("_", " "), *columns, "mean", "gain over no mask"]])
+        for model, method in sorted({key[:2] for key in values}):
+            ours = lambda method: [values.get((model, method, column, measure), [np.nan]) for column in columns]
+            paper = lambda method: [[np.nan, *PAPER.get(method, ())][orders[column] or 0:][:1] or [np.nan] for column in columns]
+            unmasked = " ".join([method.split()[0], "none", *method.split()[2:]])
+            for label, seeds in [(f"{model} {method}", ours)] + [("  in the paper", paper)] * (model == "t5-large" and measure == MEASURES[0]):
+                means = [np.mean(x) for x in seeds(method)]
+                gain = np.mean(means) - np.mean([np.mean(x) for x in seeds(unmasked)])
+                stds = [f" ± {np.std(x, ddof=1):.1f} ({len(x)} seeds)" if len(x) > 1 else "" for x in seeds(method)]
+                tables[-1].append([label, *(cell(m) + s for m, s in zip(means, stds)), cell(np.mean(means)),
+                                   "" if method == unmasked or np.isnan(gain) else f"{gain:+.1f}"])
+    return "\n\n".join(table(rows) for rows in tables)
+
+def plot(folders, file):
     """A picture of the mean accuracy over the tasks so far, after each task, for each method (needs --eval all)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     curves = defaultdict(list)
-    for config, results in runs:
+    for model, column, config, results in read_runs(folders):
         matrix = np.array(results["matrix"], float)
-        curves[f"{config['model_name']} {config['method']}"].append([row[:i + 1].mean() for i, row in enumerate(matrix)])
+        curves[f"{model} {config['method']}, {column}"].append([row[:i + 1].mean() for i, row in enumerate(matrix)])
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method, values in sorted(curves.items()):
-        axes.plot(range(1, len(values[0]) + 1), np.mean(values, 0), marker="o", label=method)
+    for label, seeds in sorted(curves.items()):
+        axes.plot(range(1, len(seeds[0]) + 1), np.mean(seeds, 0), marker="o", label=label)
     axes.set(xlabel="tasks learned", ylabel="mean accuracy on them, %", ylim=(0, 102))
     axes.legend()
     figure.savefig(file, dpi=150)
-    print(f"wrote {file}")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,9 +145,9 @@ def main():
     try:
         if not folders:
             raise FileNotFoundError("no results in these folders: give those that train.py wrote, such as runs/*")
-        print(compare(load_runs(folders)))
+        print(compare(folders))
         if args.plot:
-            plot(load_runs(folders), args.plot)
+            plot(folders, args.plot)
     except (ValueError, OSError) as error:
         sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
 

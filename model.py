@@ -21,10 +21,9 @@ class Rows:
     """Where the real tokens of a padded batch lie. mask (B, S), bool; if it is on the CPU, no step waits for the GPU."""
 
     def __init__(self, mask, device):
-        self.size = mask.shape                                     # (B, S)
+        self.size, self.mask = mask.shape, mask.to(device, non_blocking=True)
         self.positions = mask.flatten().nonzero().squeeze(1)       # (tokens,), on the mask's device
         self.index = self.positions.to(device, non_blocking=True)
-        self.mask = mask.to(device, non_blocking=True)
 
     def pack(self, x):
         """(B, S, ...) -> (tokens, ...)"""
@@ -34,78 +33,77 @@ class Rows:
         """(tokens, ...) -> (B, S, ...), zero at padding."""
         return x.new_zeros(self.size.numel(), *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, self.size)
 
-    def split_heads(self, x, heads):
-        """(tokens, H * D) -> (B, H, S, D)"""
-        return self.pad(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    def merge_heads(self, x):
-        """(B, H, S, D) -> (tokens, H * D)"""
-        return self.pack(x.transpose(1, 2).flatten(2))
-
 class Attention(nn.Module):
-    """q, k, v and o by the names their checkpoint gives them; kv_heads < heads: a key head serves consecutive queries."""
+    """q, k, v and o under the names their checkpoint has; with fewer key heads, each serves consecutive queries."""
 
     def __init__(self, names, width, heads, kv_heads, head_dim, dropout, scale=None, bias=False):
         super().__init__()
         self.names, self.heads, self.kv_heads, self.dropout, self.scale = names, heads, kv_heads, dropout, scale
-        inner = heads * head_dim                                   # need not be the width
-        shapes = (width, inner), (width, kv_heads * head_dim), (width, kv_heads * head_dim), (inner, width)
-        for name, shape in zip(names, shapes):
+        inner, kv_inner = heads * head_dim, kv_heads * head_dim    # need not be the width
+        for name, shape in zip(names, ((width, inner), (width, kv_inner), (width, kv_inner), (inner, width))):
             self.add_module(name, nn.Linear(*shape, bias=bias))
 
     def forward(self, x, rows, bias, cache=None, rope=None, memory=None, memory_rows=None):
         """x (tokens, d) attends to itself, or to memory (memory tokens, d); bias broadcasts to (B, H, S, keys)."""
         q, k, v, o = (self.get_submodule(name) for name in self.names)
-        queries = rows.split_heads(q(x), self.heads)
-        source, its_rows = (memory, memory_rows) if memory_rows else (x, rows)
+        heads = lambda x, rows, heads: rows.pad(x).unflatten(-1, (heads, -1)).transpose(1, 2)      # -> (B, heads, S, D)
+        queries = heads(q(x), rows, self.heads)
         if memory_rows and cache and self in cache:
             keys, values = cache[self]                             # the memory stays the same
         else:
-            keys, values = (its_rows.split_heads(f(source), self.kv_heads) for f in (k, v))
+            source, its_rows = (memory, memory_rows) if memory_rows else (x, rows)
+            keys, values = (heads(f(source), its_rows, self.kv_heads) for f in (k, v))
             if rope:
                 queries, keys = rotate(queries, *rope), rotate(keys, *rope)
             if cache is not None:
                 if self in cache:
                     keys, values = (torch.cat(pair, 2) for pair in zip(cache[self], (keys, values)))
                 cache[self] = keys, values
-        keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1) if self.kv_heads < self.heads else t for t in (keys, values))
+        if self.kv_heads < self.heads:
+            keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (keys, values))
         dropout = self.dropout if self.training else 0.0
-        return o(rows.merge_heads(F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)))
-
-def attention_bias(allowed, weight, bias=None):
-    """Attention's additive mask, in the type its queries have: bias (or 0) where allowed, elsewhere the lowest number, which
-    is finite: a row of padding alone must not become NaN."""
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    bias = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
-    return torch.where(allowed, bias, torch.finfo(dtype).min)
-
-def rotate(x, cos, sin):
-    """Rotary positions in the rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
-    left, right = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
-
-def causal(queries, keys, device):
-    """(queries, keys), bool: the queries are the last of the keys, and none sees what follows it."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        out = F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)       # (B, H, S, D)
+        return o(rows.pack(out.transpose(1, 2).flatten(2)))
 
 class FeedForward(nn.Module):
-    """out(act(in(x))), or gated, with three names: out(act(in(x)) * gate(x))."""
+    """out(act(in(x))) or, with three names, out(act(in(x)) * gate(x))."""
 
     def __init__(self, names, width, inner, act, dropout=0.0, bias=False):
         super().__init__()
         self.names, self.act, self.dropout = names, act, nn.Dropout(dropout)
-        for name in names[:-1]:
-            self.add_module(name, nn.Linear(width, inner, bias=bias))
-        self.add_module(names[-1], nn.Linear(inner, width, bias=bias))
+        for name in names:
+            self.add_module(name, nn.Linear(*((inner, width) if name == names[-1] else (width, inner)), bias=bias))
 
     def forward(self, x):
         first, *gate, out = (self.get_submodule(name) for name in self.names)
         h = self.act(first(x))
         return out(self.dropout(h * gate[0](x) if gate else h))
 
+def rotate(x, cos, sin):
+    """Rotary positions in the rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
+    left, right = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
+
+def so_far(mask, cache):
+    """(B, keys): which of all ids up to now are real."""
+    if cache is not None:
+        mask, = cache["mask"] = [torch.cat([*cache.get("mask", ()), mask], 1)]
+    return mask
+
+def causal(queries, keys, device):
+    """(queries, keys), bool: the queries are the last of the keys, and none sees what follows it."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+def attention_bias(allowed, weight, bias=None):
+    """Attention's additive mask in the type its queries have: bias (or 0) where allowed, elsewhere the lowest number, which
+    is finite: a row of padding alone must not become NaN."""
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    bias = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
+    return torch.where(allowed, bias, torch.finfo(dtype).min)
+
 class LanguageModel(nn.Module):
-    """Loss and greedy decoding, the same for T5 and Llama; each of them defines hidden(), start() and step()."""
+    """Loss and greedy decoding. T5 and Llama define inputs(), what the decoder reads, and decode(), what it makes of it."""
 
     def __init__(self, config, defaults):
         super().__init__()
@@ -116,14 +114,17 @@ class LanguageModel(nn.Module):
 
     def forward(self, input_ids, attention_mask, labels=None):
         """(B, S) ids, mask, labels (-100: ignored) -> logits (B, S, V) and the mean loss, None without labels."""
-        hidden, rows, targets = self.hidden(input_ids, attention_mask, labels)
+        ids, real, targets, memory = self.inputs(input_ids, attention_mask, labels)
+        hidden, rows = self.decode(ids, real, None, *memory)       # (tokens, d)
         logits = self.lm_head(hidden)                              # (tokens, V)
-        loss = None if labels is None else F.cross_entropy(logits.float(), targets.to(logits.device))
+        loss = None if labels is None else F.cross_entropy(logits.float(), rows.pack(targets.to(logits.device)))
         return rows.pad(logits), loss
 
     def loss(self, input_ids, attention_mask, labels):
         """The same mean loss, for training: the head runs at labelled positions alone."""
-        hidden, _, targets = self.hidden(input_ids, attention_mask, labels)
+        ids, real, targets, memory = self.inputs(input_ids, attention_mask, labels)
+        hidden, rows = self.decode(ids, real, None, *memory)
+        targets = targets.flatten()[rows.positions]                # (tokens,)
         labelled = (targets != -100).nonzero().squeeze(1)
         index, targets = (x.to(hidden.device, non_blocking=True) for x in (labelled, targets[labelled]))
         return F.cross_entropy(self.lm_head(hidden.index_select(0, index)).float(), targets)
@@ -131,14 +132,16 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
         """Greedy decoding with a cache: (B, S) -> the new ids (B, new), each row as if alone, padded after its end."""
+        ids, real, _, memory = self.inputs(input_ids, attention_mask, None)
         cache, device = {}, self.lm_head.weight.device             # cache: attention layer -> (keys, values), rows first
-        eos = torch.tensor(self.eos, device=device)
-        rows = torch.arange(len(input_ids), device=device)         # the rows that are still in the cache
+        rows, eos = torch.arange(len(ids), device=device), torch.tensor(self.eos, device=device)   # rows still in the cache
         ended = torch.zeros_like(rows, dtype=torch.bool)
         new = torch.full((len(rows), max_new_tokens), self.pad, device=device)
         for t in range(max_new_tokens):
-            logits = self.step(token, cache) if t else self.start(input_ids, attention_mask, cache)
-            token = logits.argmax(-1).masked_fill(ended, self.pad)
+            hidden, its_rows = self.decode(ids, real, cache, *memory)
+            last = real.shape[1] - 1 - real.flip(1).int().argmax(1)                # (B,): each row's last real token
+            hidden = its_rows.pad(hidden)[torch.arange(len(last)), last]           # (B, d)
+            token = self.lm_head(hidden).argmax(-1).masked_fill(ended, self.pad)
             new[rows, t] = token
             ended = ended | torch.isin(token, eos)
             alive = (~ended).nonzero().squeeze(1)                  # the one wait for the device in a step
@@ -146,7 +149,8 @@ class LanguageModel(nn.Module):
                 return new[:, :t + 1]
             if len(alive) <= len(rows) / 2:                        # worth a copy: go on without the rows that ended
                 rows, token, ended = rows[alive], token[alive], ended[alive]
-                cache = {layer: tuple(x[alive] for x in tensors) for layer, tensors in cache.items()}
+                cache = {layer: [x[alive] for x in tensors] for layer, tensors in cache.items()}
+            ids, real = token[:, None], torch.ones(len(token), 1, dtype=torch.bool)
         return new
 
 # ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head; v1.1 and Flan with gated GELU and a head of their own
@@ -165,7 +169,7 @@ class T5Stack(nn.Module):
         super().__init__()
         self.c, self.decoder, self.block = c, decoder, nn.ModuleList()
         for _ in range(layers):
-            parts = {name: Attention("qkvo", c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
+            parts = {name: Attention(("q", "k", "v", "o"), c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
                      for name in (("SelfAttention", "EncDecAttention") if decoder else ("SelfAttention",))}
             names, act = T5_FEED_FORWARD[c.feed_forward_proj]
             parts["DenseReluDense"] = FeedForward(names, c.d_model, c.d_ff, act, c.dropout_rate)
@@ -180,17 +184,13 @@ class T5Stack(nn.Module):
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         position = torch.arange(keys, device=table.weight.device)
         distance = position[None, :] - position[keys - queries:, None]
-        buckets, first = self.c.relative_attention_num_buckets, 0
-        if self.decoder:
-            distance = -distance.clamp(max=0)                      # it looks back only
-        else:
-            buckets //= 2                                          # half of them for each direction
-            first, distance = (distance > 0) * buckets, distance.abs()
+        buckets = self.c.relative_attention_num_buckets // (1 if self.decoder else 2)      # the encoder looks both ways
+        start = 0 if self.decoder else (distance > 0) * buckets
+        distance = -distance.clamp(max=0) if self.decoder else distance.abs()
         exact = buckets // 2                                       # near: a bucket a distance; far: logarithmic
         spread = math.log(self.c.relative_attention_max_distance / exact)
         far = exact + (torch.log(distance.clamp(min=1) / exact) / spread * (buckets - exact)).long()
-        bucket = first + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
-        return table(bucket).permute(2, 0, 1)[None]
+        return table(start + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))).permute(2, 0, 1)[None]
 
     def forward(self, x, rows, bias, cache=None, memory=None, memory_rows=None, memory_bias=None):
         x = self.dropout(x)
@@ -219,45 +219,31 @@ class T5(LanguageModel):
         scaled = getattr(c, "scale_decoder_outputs", c.tie_word_embeddings)    # v1.0: what the tied head sees is scaled
         self.scale = c.d_model ** -0.5 if scaled else 1.0
 
-    def encode(self, input_ids, attention_mask):
-        """(B, S) -> the memory (tokens, d), its rows, and the bias (B, 1, 1, S) under which the decoder sees it."""
+    def inputs(self, input_ids, attention_mask, labels):
+        """The decoder reads the labels shifted right, each row up to its last label (a -100 before that is a position), or
+        the start token alone, and the memory: the encoder's (tokens, d), its rows and its bias (B, 1, 1, S)."""
         weight = self.shared.weight
         rows = Rows(attention_mask.bool(), weight.device)
         allowed = rows.mask[:, None, None, :]
-        bias = attention_bias(allowed, weight, self.encoder.position_bias(rows.size[1], rows.size[1]))      # (B, H, S, S)
-        x = self.shared(rows.pack(input_ids.to(weight.device, non_blocking=True)))
-        return self.encoder(x, rows, bias), rows, attention_bias(allowed, weight)
-
-    def decode(self, ids, real, cache, *memory):
-        """The next ids (B, S) and which of them are real -> (tokens, d) for the head, and their rows."""
-        weight, first = self.shared.weight, self.decoder.block[0].layer[0].SelfAttention
-        rows = Rows(real, weight.device)
-        keys = rows.size[1] + (cache[first][0].shape[2] if cache and first in cache else 0)
-        bias = attention_bias(causal(rows.size[1], keys, weight.device), weight, self.decoder.position_bias(rows.size[1], keys))
-        x = self.shared(rows.pack(ids.to(weight.device, non_blocking=True)))
-        return self.decoder(x, rows, bias, cache, *memory) * self.scale, rows
-
-    def hidden(self, input_ids, attention_mask, labels):
-        """(tokens, d), its rows, its targets (tokens,). The decoder reads the labels shifted right, each row up to its last
-        label (a -100 before that is a position); without labels, the start token alone."""
+        bias = attention_bias(allowed, weight, self.encoder.position_bias(rows.size[1], rows.size[1]))     # (B, H, S, S)
+        memory = self.encoder(self.shared(rows.pack(input_ids.to(weight.device, non_blocking=True))), rows, bias)
         labels = torch.full((len(input_ids), 1), -100) if labels is None else labels
         real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
-        real[:, 0] = True
         ids = labels.roll(1, 1)
         ids = ids.masked_fill(ids == -100, self.pad)
-        ids[:, 0] = self.c.decoder_start_token_id
-        x, rows = self.decode(ids, real, None, *self.encode(input_ids, attention_mask))
-        return x, rows, labels.flatten()[rows.positions]
+        ids[:, 0], real[:, 0] = self.c.decoder_start_token_id, True
+        return ids, real, labels, (memory, rows, attention_bias(allowed, weight))
 
-    def start(self, input_ids, attention_mask, cache):
-        memory, rows, bias = self.encode(input_ids, attention_mask)
-        cache["memory_bias"] = (bias,)
-        return self.step(torch.full((len(input_ids),), self.c.decoder_start_token_id), cache, memory, rows)
-
-    def step(self, token, cache, memory=None, memory_rows=True):
-        """One more token a row: ids (B,) -> logits (B, V). After the first step the memory's keys are in the cache."""
-        real = torch.ones(len(token), 1, dtype=torch.bool)
-        return self.lm_head(self.decode(token[:, None], real, cache, memory, memory_rows, *cache["memory_bias"])[0])
+    def decode(self, ids, real, cache, memory, memory_rows, memory_bias):
+        """The next ids (B, S), and which are real -> (tokens, d) for the head, and their rows."""
+        weight, decoder = self.shared.weight, self.decoder
+        rows = Rows(real, weight.device)
+        if cache is not None:
+            memory_bias, = cache.setdefault("memory_bias", [memory_bias])
+        size = rows.size[1], so_far(rows.mask, cache).shape[1]     # queries, keys
+        bias = attention_bias(causal(*size, weight.device), weight, decoder.position_bias(*size))
+        x = self.shared(rows.pack(ids.to(weight.device, non_blocking=True)))
+        return decoder(x, rows, bias, cache, memory, memory_rows, memory_bias) * self.scale, rows
 
 # ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
 
@@ -299,36 +285,23 @@ class Llama(LanguageModel):
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def run(self, ids, mask, cache=None):
-        """The next ids (B, S), padded on either side, and their mask -> (tokens, d) and its rows."""
+    def inputs(self, input_ids, attention_mask, labels):
+        """It reads the ids themselves; a token's target is the label that follows it."""
+        return input_ids, attention_mask.bool(), None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100), ()
+
+    def decode(self, ids, real, cache):
+        """The next ids (B, S), padded on either side, and which are real -> (tokens, d) for the head, and their rows."""
         weight = self.lm_head.weight
-        rows = Rows(mask.bool(), weight.device)
-        real = rows.mask                                           # (B, keys): of all ids so far
-        if cache is not None:
-            real = torch.cat([*cache.get("mask", ()), real], 1)
-            cache["mask"] = (real,)
+        rows = Rows(real, weight.device)
+        real = so_far(rows.mask, cache)                            # (B, keys)
         half = torch.arange(0, self.c.head_dim, 2, device=weight.device) / self.c.head_dim
-        positions = real.cumsum(1)[:, -rows.size[1]:] - 1          # counted from the row's first real token
+        positions = real.cumsum(1)[:, -rows.size[1]:] - 1        # counted from the row's first real token
         angles = positions[:, None, :, None] * self.c.rope_theta ** -half.repeat(2)        # (B, 1, S, D), fp32
         bias = attention_bias(causal(rows.size[1], real.shape[1], weight.device) & real[:, None, None, :], weight)
         x = self.model.embed_tokens(rows.pack(ids.to(weight.device, non_blocking=True)))
         for layer in self.model.layers:
             x = layer(x, rows, bias, cache, (angles.cos(), angles.sin()))
         return self.model.norm(x), rows
-
-    def hidden(self, input_ids, attention_mask, labels):
-        """(tokens, d), its rows, and each token's target (tokens,): the label that follows it."""
-        x, rows = self.run(input_ids, attention_mask)
-        return x, rows, None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100).flatten()[rows.positions]
-
-    def start(self, input_ids, attention_mask, cache):
-        x, rows = self.run(input_ids, attention_mask, cache)
-        last = rows.size[1] - 1 - rows.mask.flip(1).int().argmax(1)            # (B,): each row's last real token
-        return self.lm_head(rows.pad(x)[torch.arange(len(last), device=x.device), last])
-
-    def step(self, token, cache):
-        """One more token a row: ids (B,) -> logits (B, V)."""
-        return self.lm_head(self.run(token[:, None], torch.ones(len(token), 1), cache)[0])
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
 
@@ -351,14 +324,13 @@ def write_file(path, chunks):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 def write_safetensors(path, tensors, metadata=None):
     """Write a dict of tensors; metadata: text -> text."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))     # so that each stays aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))        # so that each stays aligned
     header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
@@ -381,7 +353,7 @@ def unique(pairs):
     return dict(pairs)
 
 def read_header(buffer):
-    """Check everything of a file but its numbers: (name -> entry, metadata, offset of the data), or ValueError."""
+    """Check all of a file but its numbers: (name -> (dtype, shape, first byte, last + 1), metadata), or ValueError."""
     length = int.from_bytes(buffer[:8], "little")
     check(len(buffer) >= 8 and length <= min(len(buffer) - 8, 100_000_000), "the header's length does not fit the file")
     text = bytes(buffer[8:8 + length])
@@ -392,42 +364,37 @@ def read_header(buffer):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header is not JSON: {error}") from None
     metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    check(isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()), "__metadata__ must map text to text")
+    check(metadata is None or isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()),
+          "__metadata__ must map text to text")
     for name, entry in header.items():
-        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"},
-              f"{name}: an entry holds dtype, shape and data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        check(isinstance(dtype, str) and dtype in DTYPES, f"{name}: dtype {dtype} is none of torch's")
-        check(all(isinstance(x, list) and all(type(n) is int for n in x) for x in (shape, offsets)) and len(offsets) == 2,
-              f"{name}: shape and data_offsets are lists of integers, the offsets two")
-        bits = 4 if dtype == "F4" else 8 * DTYPES[dtype].itemsize
-        check(math.prod(n for n in shape if n) < 2 ** 63 and bits * math.prod(shape) == 8 * (offsets[1] - offsets[0])
-              and (dtype != "F4" or shape[-1] % 2 == 0),
-              f"{name}: shape {shape} does not take the bytes {offsets}")
-    end = 0
+        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
+              and all(isinstance(x, list) and all(type(n) is int for n in x) for x in (entry["shape"], entry["data_offsets"])),
+              f"{name}: an entry holds dtype, shape and data_offsets, both lists of integers")
+        check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, f"{name}: dtype {entry['dtype']} is none of torch's")
+    table, end = {}, 8 + length
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        check(entry["data_offsets"][0] == end, f"{name}: its bytes overlap others or leave a hole")
-        end = entry["data_offsets"][1]
-    check(8 + length + end == len(buffer), f"the tensors end at byte {8 + length + end}, the file at byte {len(buffer)}")
-    return header, metadata, 8 + length
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        if entry["dtype"] == "F4":                                 # torch keeps two of them in a byte
+            check(shape and shape[-1] % 2 == 0, f"{name}: shape {shape} ends within a byte")
+            shape = [*shape[:-1], shape[-1] // 2]
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        check(math.prod(n for n in shape if n) < 2 ** 63 and entry["data_offsets"] == [start - 8 - length, end - 8 - length],
+              f"{name}: its bytes {entry['data_offsets']} do not fit its shape {shape}, overlap others, or leave a hole")
+        table[name] = dtype, shape, start, end
+    check(end == len(buffer), f"the tensors end at byte {end}, the file at byte {len(buffer)}")
+    return table, metadata
 
 def open_safetensors(path):
     """(name -> tensor over a copy-on-write map of the file, metadata). ValueError or OSError names file and fault."""
     with open(path, "rb") as file:
         try:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)      # ValueError if the file is empty
-            header, metadata, base = read_header(buffer)
+            table, metadata = read_header(buffer)
         except ValueError as error:
             raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    data = torch.frombuffer(buffer, dtype=torch.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        start, end = (base + offset for offset in entry["data_offsets"])
-        raw = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()    # align what a header shifted
-        if entry["dtype"] == "F4":
-            shape = [*shape[:-1], shape[-1] // 2]                  # torch keeps two in a byte
+    data, tensors = torch.frombuffer(buffer, dtype=torch.uint8), {}
+    for name, (dtype, shape, start, end) in table.items():
+        raw = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()      # align what a header shifted
         tensors[name] = raw.view(dtype).reshape(shape)
     return tensors, metadata
 
@@ -437,8 +404,8 @@ def read_safetensors(path):
 
 # ---- folders in Hugging Face form
 
-CLASSES = {"t5": (T5, "T5ForConditionalGeneration"), "llama": (Llama, "LlamaForCausalLM")}
-EMBEDDING = {"t5": "shared.weight", "llama": "model.embed_tokens.weight"}
+CLASSES = {"t5": (T5, "T5ForConditionalGeneration", "shared.weight"),
+           "llama": (Llama, "LlamaForCausalLM", "model.embed_tokens.weight")}
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")      # of the embedding, in some files
 HARMLESS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight|.*\.rotary_emb\.inv_freq"
 TOKENIZER_FILES = ("spiece.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -475,30 +442,29 @@ def load_model(path, dtype=torch.float32):
     """A T5 or Llama from a Hugging Face folder (config.json, *.safetensors). ValueError or OSError names the fault."""
     path = Path(path)
     config = read_json(path / "config.json")
-    kind = config.get("model_type")
-    check(kind in CLASSES, f"{path}: model_type {kind!r} is not supported: only {' and '.join(CLASSES)}")
+    kind = str(config.get("model_type"))
+    check(kind in CLASSES, f"{path}: model_type {kind} is not supported: only {' and '.join(CLASSES)}")
     tensors = {name: tensor for name, tensor in read_weights(path).items() if not re.fullmatch(HARMLESS, name)}
     if config.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
         config["tie_word_embeddings"] = False                      # recent files always say true; the head tells
+    new, _, embedding = CLASSES[kind]
     try:
         with torch.device("meta"):                                 # shapes alone, no memory
-            model = CLASSES[kind][0](config)
+            model = new(config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: config.json: {error}") from None
-    tied, embedding = model.c.tie_word_embeddings, EMBEDDING[kind]
     for copy in COPIES:
-        if copy in tensors and (tied or copy != "lm_head.weight"):
+        if copy in tensors and (model.c.tie_word_embeddings or copy != "lm_head.weight"):
             same = torch.equal(tensors.setdefault(embedding, tensors[copy]), tensors.pop(copy))
             check(same, f"{path}: {copy} differs from {embedding}, to which it is tied")
-    expected = dict(model.named_parameters())                      # a tied head counts once
-    faults = [f"missing {name}" for name in expected.keys() - tensors.keys()]
-    faults += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
-    faults += [f"{name} is {[*tensors[name].shape]}, not {[*expected[name].shape]}"
-               for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape]
-    check(not faults, f"{path}: the weights do not fit config.json: {'; '.join(sorted(faults))}")
+    found = {name: [*tensor.shape] for name, tensor in tensors.items()}
+    expected = {name: [*p.shape] for name, p in model.named_parameters()}      # a tied head counts once
+    faults = [f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, 'unexpected')} by config.json"
+              for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    check(not faults, f"{path}: the weights do not fit: {'; '.join(faults)}")
     loaded = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(loaded, strict=False, assign=True)       # strict it was, above
-    if tied:
+    if model.c.tie_word_embeddings:
         model.lm_head.weight = model.get_parameter(embedding)
     model.files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).exists()}
     return model.eval()
@@ -509,10 +475,9 @@ def save_model(model, path, metadata=None, tensors=None):
     path, kind = Path(path), "t5" if isinstance(model, T5) else "llama"
     tensors = tensors or dict(model.named_parameters())            # a tied head counts once
     widest = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
-    stored = str(widest).removeprefix("torch.")                    # transformers loads all in the type written here
     config = {name: value for name, value in model.config.items() if name != "dtype"}
-    config.update(model_type=kind, architectures=[CLASSES[kind][1]], torch_dtype=stored)
-    write_file(path / "config.json", [json.dumps(config, indent=2)])
-    for name, content in model.files.items():
+    config.update(model_type=kind, architectures=[CLASSES[kind][1]],
+                  torch_dtype=str(widest).removeprefix("torch."))  # transformers loads all in the type written here
+    for name, content in {"config.json": json.dumps(config, indent=2), **model.files}.items():
         write_file(path / name, [content])
     write_safetensors(path / "model.safetensors", tensors, metadata)

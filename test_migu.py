@@ -31,7 +31,8 @@ import download
 import eval as evaluation
 import model as models
 import train
-from migu import MIGU, keep_rows
+import migu
+from migu import MIGU, add_lora, keep_rows, merge_lora, orthogonality_penalty
 from model import T5, Llama, load_model, read_safetensors, save_model, write_safetensors
 
 HERE = Path(__file__).parent
@@ -261,6 +262,73 @@ def test_a_random_mask_really_masks_and_changes_every_step():
         MIGU(layer, criterion="largest")
 
 
+# ---- adapters
+
+def trained_adapters(kind=T5, **changes):
+    """A model whose adapters are not zero any more."""
+    model = small(kind, **changes)
+    add_lora(model, dropout=0.0)
+    for adapter in migu.adapters(model).values():
+        nn.init.normal_(adapter.lora_B.weight, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", [T5, Llama])
+def test_lora_starts_as_the_base_and_trains_q_and_v_alone(kind):
+    batch, model = padded_batch(causal=kind is Llama), small(kind).eval()
+    before, weights = model(**batch)[0], sum(p.numel() for p in model.parameters())
+    add_lora(model)
+    assert (model.eval()(**batch)[0] - before).abs().max() <= 1e-6 * before.abs().max()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[1] for name in trained}
+    assert names == ({"q", "v"} if kind is T5 else {"q_proj", "v_proj"})
+    assert len(trained) == 2 * 2 * (6 if kind is T5 else 2) and all(8 in p.shape for p in trained.values())
+    assert sum(p.numel() for p in model.parameters()) == weights + sum(p.numel() for p in trained.values())
+
+
+@pytest.mark.parametrize("kind", [T5, Llama])
+def test_a_folded_adapter_gives_the_unfolded_one_s_logits(kind, tmp_path):
+    batch, model = padded_batch(causal=kind is Llama), trained_adapters(kind).eval()
+    logits = model(**batch)[0]
+    save_model(model, tmp_path, tensors=migu.plain_weights(model))             # a folder that anything opens
+    merge_lora(model)
+    assert not migu.adapters(model) and all(p.requires_grad for p in model.parameters())
+    assert (model(**batch)[0] - logits).abs().max() <= 1e-5 * logits.abs().max()
+    assert torch.equal(load_model(tmp_path)(**batch)[0], model(**batch)[0])
+
+
+def test_a_is_masked_by_its_own_output_and_b_by_the_merged_one():
+    model = nn.ModuleDict({"x": nn.ModuleDict({"q": nn.Linear(2, 4, bias=False)})})
+    model.x.q.weight.data = torch.tensor([[1.0, 0.0], [0.0, 5.0], [3.0, 0.0], [0.0, 1.0]])
+    add_lora(model, rank=2, alpha=4, dropout=0.0)
+    layer = model.x.q
+    layer.lora_A.weight.data = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    layer.lora_B.weight.data = torch.tensor([[4.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    masker = MIGU(model, 0.5)
+    assert set(masker.layers) == {"x.q.lora_A", "x.q.lora_B"}                  # W is frozen
+    layer(torch.tensor([[1.0, 1.0]])).sum().backward()
+    # A's output is (1, 3). Merged: (1, 5, 3, 1) + 4/2 * (4, 0, 0, 3) = (9, 5, 3, 7), of which B's own would be (4, 0, 0, 3)
+    assert masker.magnitude[layer.lora_A].tolist() == [1.0, 3.0] and masker.magnitude[layer].tolist() == [9.0, 5.0, 3.0, 7.0]
+    layer.lora_A.weight.grad, layer.lora_B.weight.grad = torch.ones(2, 2), torch.ones(4, 2)
+    masker.mask_gradients()
+    assert layer.lora_A.weight.grad[:, 0].tolist() == [0.0, 1.0] and layer.lora_B.weight.grad[:, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_the_orthogonality_penalty_is_the_hand_computed_one():
+    model = nn.ModuleDict({"x": nn.ModuleDict({"q": nn.Linear(2, 1, bias=False)})})
+    add_lora(model, rank=2, alpha=4)
+    layer = model.x.q
+    layer.lora_A.weight.data = torch.tensor([[1.0, -2.0], [0.0, 4.0]])
+    layer.lora_B.weight.data = torch.tensor([[3.0, 4.0]])
+    earlier = {"x.q": torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, -1.0]])}
+    # A_old A_new^T = [[-1, 4], [2, 0], [2, -4]]: the absolute values add up to 13; ||A|| = sqrt(21), ||B|| = 5
+    assert orthogonality_penalty(model, earlier).item() == 6.5
+    assert orthogonality_penalty(model, earlier, 1.0, 2.0).item() == pytest.approx(13 + 2 * (math.sqrt(21) + 5))
+    orthogonality_penalty(model, earlier, 1.0).backward()
+    # the derivative by A_new: sign(A_new A_old^T) A_old
+    assert layer.lora_A.weight.grad.tolist() == [[-1 + 2, -1 - 1], [1, 1 + 1]] and layer.lora_B.weight.grad is None
+
+
 # ---- the models
 
 def peer(kind, **changes):
@@ -480,7 +548,8 @@ def test_loading_is_strict_and_names_every_fault(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError) as error:
         load_model(tmp_path)
-    for part in ("missing decoder.block.1.layer.1.EncDecAttention.v.weight", "unexpected extra.weight", f"{norm} is [31], not [32]"):
+    for part in ("decoder.block.1.layer.1.EncDecAttention.v.weight: missing", "extra.weight: [2] in the file, unexpected",
+                 f"{norm}: [31] in the file, [32] by config.json"):
         assert part in str(error.value)
 
 
@@ -504,7 +573,7 @@ def test_harmless_keys_and_equal_copies_load_and_unequal_ones_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("changes, fault", [
-    (dict(model_type="gpt2"), "model_type 'gpt2'"), (dict(model_type=None), "model_type None"),
+    (dict(model_type="gpt2"), "model_type gpt2"), (dict(model_type=None), "model_type None"),
     (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope scaling 'linear'"),
     (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope scaling 'llama3'"),
     (dict(hidden_act="gelu"), "hidden_act .gelu."), (dict(hidden_size="wide"), "config.json"),
@@ -789,6 +858,78 @@ def test_micro_batches_change_neither_gradient_nor_mask(world):
         assert torch.equal((p != before), (other != before)) or name.endswith("bias.weight"), name
 
 
+@pytest.mark.parametrize("tune", ["lora", "inclora", "olora"])
+@pytest.mark.parametrize("mask", ["migu", "none"])
+def test_adapters_train_and_resume_bitwise(world, tmp_path, tune, mask, monkeypatch):
+    arguments = ["--tune", tune, "--mask", mask, "--replay", "0.25", "--eval", "all", "--threshold", "0.5"]
+    train.main(command(world, tmp_path / "whole", *arguments))
+    save, calls = train.save_model, []
+
+    def dying_save(*args):
+        if len(calls) == 1:
+            raise Killed
+        calls.append(save(*args))
+
+    monkeypatch.setattr(train, "save_model", dying_save)
+    with pytest.raises(Killed):
+        train.main(command(world, tmp_path / "cut", *arguments))
+    monkeypatch.undo()
+    train.main(command(world, tmp_path / "cut", *arguments, "--resume"))
+    name = f"one+two-t5-{tune}-{mask}-replay0.25-s42"
+    assert_same(state(tmp_path / "whole" / name), state(tmp_path / "cut" / name))
+    start, end = load_model(world / "t5"), load_model(tmp_path / "cut" / name / "model")
+    moved = {key for key, p in start.named_parameters() if not torch.equal(p, end.get_parameter(key))}
+    assert moved and all(re.search(r"\.[qv]\.weight$", key) for key in moved)
+    kept = tmp_path / "cut" / name / "adapters" / "2.safetensors"
+    assert kept.exists() == (tune != "inclora")
+    if tune == "olora":
+        assert {tuple(t.shape) for t in read_safetensors(kept).values()} == {(16, 16)}     # two tasks' A, of rank 8 each
+
+
+def test_replay_brings_back_the_same_seeded_records(world, tmp_path, monkeypatch):
+    seen = []
+    train_task = train.train_task
+    monkeypatch.setattr(train, "train_task", lambda model, rows, *rest: seen.append(rows) or train_task(model, rows, *rest))
+    train.main(command(world, tmp_path / "a", "--replay", "0.3"))
+    train.main(command(world, tmp_path / "b", "--replay", "0.3"))
+    train.main(command(world, tmp_path / "c", "--replay", "0.3", "--seed", "7"))
+    first, second = seen[0], seen[1]
+    assert len(first) == 24 and len(second) == 24 + 7                          # int(24 * 0.3)
+    assert all(row in first for row in second[24:]) and seen[3] == second and seen[5] != second
+    assert json.loads((tmp_path / "a" / "one+two-t5-full-migu-replay0.3-s42" / "config.json").read_text())["threshold"] == 0.4
+
+
+def test_joint_training_mixes_all_tasks_and_tests_each(world, tmp_path):
+    train.main(command(world, tmp_path, "--joint", "--mask", "none"))
+    folder = tmp_path / "one+two-t5-full-none-joint-s42"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["matrix"][0] == [None, None] and None not in results["matrix"][1]
+    assert len((folder / "log.csv").read_text().splitlines()) == 1 + 2 * 6     # 48 records in batches of 8, twice
+
+
+@pytest.mark.parametrize("tune, threshold, lr", [("full", 0.7, 1e-4), ("lora", 0.7, 1e-3), ("inclora", 0.7, 1e-3), ("olora", 0.05, 1e-3)])
+def test_defaults_are_the_paper_s(tune, threshold, lr, tmp_path):
+    arguments = ["--order", "1", "--tune", tune, "--out", str(tmp_path)]
+    (folder, config), = train.plan(train.parse_args(arguments))
+    assert (config["threshold"], config["lr"], config["batch_size"]) == (threshold, lr, 64)
+    assert folder.name == f"order1-t5-large-{tune}-migu-s42"
+    assert train.plan(train.parse_args([*arguments, "--replay", "0.02"]))[0][1]["threshold"] == 0.4
+    with pytest.raises(SystemExit):
+        train.parse_args([*arguments, "--tune", "prefix"])
+
+
+def test_frozen_weights_are_kept_in_bf16_and_folding_stays_in_fp32(world, tmp_path):
+    c = types.SimpleNamespace(tune="inclora", device="cpu", dtype="bfloat16", mask="migu", seed=0, threshold=0.7, layers=".")
+    model, _ = train.prepare(tmp_path, world / "t5", c, 0)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    assert {kinds[name] for name in kinds if re.search(r"\.[qv]\.weight", name)} == {torch.float32}
+    assert {kinds[name] for name in kinds if not re.search(r"\.[qv]\.weight", name)} == {torch.bfloat16}
+    train.main(command(world, tmp_path, "--tune", "olora", "--dtype", "bfloat16"))
+    folder = tmp_path / "one+two-t5-olora-migu-s42"
+    assert json.loads((folder / "model" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert all(math.isfinite(float(line.split(",")[2])) for line in (folder / "log.csv").read_text().splitlines()[1:])
+
+
 class Killed(BaseException):
     pass
 
@@ -854,15 +995,19 @@ def test_seeds_and_llama_and_sgd_in_one_table(world, tmp_path, capsys):
     train.main(command(world, tmp_path, "--seed", "1", "2", "--optimizer", "sgd", "--mask", "random", model="llama"))
     assert "(2 seeds)" in capsys.readouterr().out
     one, two = (json.loads((run_folder(tmp_path, "llama", "random", s) / "results.json").read_text())["average_accuracy"] for s in (1, 2))
-    runs = evaluation.load_runs([run_folder(tmp_path, "llama", "random", s) for s in (1, 2)])
-    assert f"{np.mean([one, two]):.1f} ± {np.std([one, two], ddof=1):.1f} (2 seeds)" in evaluation.compare(runs)
+    text = evaluation.compare([run_folder(tmp_path, "llama", "random", s) for s in (1, 2)])
+    assert f"{np.mean([one, two]):.1f} ± {np.std([one, two], ddof=1):.1f} (2 seeds)" in text
 
 
-def test_the_paper_s_numbers_stand_beside_ours():
-    results = dict(tasks=[*data.ORDERS[1]], average_accuracy=78.0, backward_transfer=None, forgetting=None)
-    settings = {key: None for key in evaluation.SETTINGS}
-    text = evaluation.compare([(dict(order=1, model_name="t5-large", method="full migu", **settings), results)])
-    assert re.search(r"t5-large full migu: average accuracy +78\.0\n", text) and re.search(r"paper's .* average accuracy +78\.3", text)
+def test_the_grid_has_means_gains_and_the_paper_s_numbers(tmp_path):
+    for order, mask, accuracy in ((1, "none", 70.0), (1, "migu", 74.0), (2, "none", 71.0), (2, "migu", 73.0)):
+        folder = tmp_path / f"{order}{mask}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(order=order, model_name="t5-large", method=f"full {mask}")))
+        (folder / "results.json").write_text(json.dumps(dict(tasks=[], average_accuracy=accuracy, backward_transfer=None, forgetting=None)))
+    rows = [line.split() for line in evaluation.compare(sorted(tmp_path.iterdir())).splitlines()[1:5]]
+    assert rows == [["t5-large", "full", "migu", "74.0", "73.0", "73.5", "+3.0"], ["in", "the", "paper", "78.3", "79.8", "79.0", "+4.3"],
+                    ["t5-large", "full", "none", "70.0", "71.0", "70.5"], ["in", "the", "paper", "74.4", "75.0", "74.7"]]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -899,13 +1044,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_finished_task(world, tmp_
 
     def diverging(self, **batch):
         calls["all"] += 1
-        return loss(self, **batch) * (1 if calls["all"] <= 6 else math.inf)    # the first task has six steps
+        return loss(self, **batch) * (1 if calls["all"] <= 6 else math.inf)        # each task has six steps
 
     monkeypatch.setattr(T5, "loss", diverging)
     with pytest.raises(SystemExit) as stop:
         train.main(command(world, tmp_path))
     err = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "loss is inf at step 1 of two" in err and "--lr" in err
+    assert stop.value.code == 2 and "at step 6 of two" in err and "--lr" in err
     monkeypatch.undo()
     train.main(command(world, tmp_path, "--resume"))
     train.main(command(world, tmp_path / "whole"))
@@ -924,7 +1069,7 @@ def test_eval_py_passes_other_folders_over_and_plots(world, tmp_path, capsys, mo
     (tmp_path / "notes").mkdir()
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, tmp_path.iterdir())])
     evaluation.main()
-    assert "t5 full migu: average accuracy" in capsys.readouterr().out
+    assert "t5 full migu" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "notes")])
     with pytest.raises(SystemExit) as stop:
         evaluation.main()

@@ -71,11 +71,10 @@ def parse_args(argv):
     add("--out", default="runs", help="folder of the runs (default %(default)s)")
     add("--resume", action="store_true", help="go on with runs that were stopped")
     args = parser.parse_args(argv)
-    for name in ("lr", "epochs", "batch_size", "micro_batch", "limit"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be above 0")
-    if not all(0 <= x <= 1 for x in (args.threshold or 0.0, args.replay)):
-        fail("--threshold and --replay are fractions from 0 to 1")
+    for name in ("lr", "epochs", "batch_size", "micro_batch", "limit", "threshold", "replay"):
+        value, fraction = getattr(args, name), name in ("threshold", "replay")
+        if value is not None and not (0 <= value <= 1 if fraction else 0 < value < math.inf):
+            fail(f"--{name.replace('_', '-')} must be " + ("from 0 to 1" if fraction else "above 0"))
     if args.demo + bool(args.order) + bool(args.tasks) != 1:
         fail("say what to train on: --demo, --order 1, or --tasks FOLDER FOLDER")
     with explained(re.error, RuntimeError, AssertionError):
@@ -130,7 +129,7 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
     masker = new_masker(model, c) if masked else None
     model.train()
     steps = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)]
-    log, unread = [], []                                           # losses are read ten at a time: reading waits for the GPU
+    log = []
     bar = tqdm(steps, desc=f"train {name}", unit="step")
     for step, batch in enumerate(bar, 1):
         targets = [sum(label != -100 for label in labels) for _, labels in batch]
@@ -148,110 +147,105 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
         optimizer.step()
         optimizer.zero_grad()
 
-        unread.append((step, total, kept))
-        if len(unread) == 10 or step == len(steps):
-            log += [(n, float(loss), float(kept)) for n, loss, kept in unread]
-            unread = []
-            bar.set_postfix(loss=f"{log[-1][1]:.3f}")
-            for n, loss, _ in log[-10:]:
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} at step {n} of {name}: choose a lower --lr than {c.lr:g}; the tasks "
-                                             "before it are kept, and --resume goes on after them")
+        log.append((step, total, kept))
+        if step % 10 == 0 or step == len(steps):                   # reading a number waits for the GPU: not every step
+            bar.set_postfix(loss=f"{float(total):.3f}")
+            if not math.isfinite(total):
+                raise FloatingPointError(f"the loss is {float(total)} at step {step} of {name}: choose a lower --lr than {c.lr:g}; "
+                                         "the tasks before it are kept, and --resume goes on after them")
     if masker:
         masker.remove()
-    return log
+    return [(step, float(loss), float(kept)) for step, loss, kept in log]
 
 # ---- one run: the tasks in turn
+
+def prepare(folder, source, c, finished):
+    """The model as the last finished task left it, and what must be kept of its adapters: LoRA's own, which goes on being
+    trained, or the A of O-LoRA's earlier ones (layer name -> (ranks, d_in))."""
+    model = load_model(folder / "model" if finished and c.tune != "lora" else source).to(c.device)
+    seeded(c.seed, 0)
+    if c.tune != "full":
+        add_lora(model)
+        for name, p in model.named_parameters():                   # what is frozen is kept in the type of the arithmetic, but
+            if not p.requires_grad and name.removesuffix(".weight") not in adapters(model):    # for adapted layers: folding
+                p.data = p.data.to(getattr(torch, c.dtype))                                    # in fp32 does not drift
+    if c.mask != "none":
+        new_masker(model, c).remove()                              # --layers must select something before hours go by
+    kept = read_safetensors(folder / "adapters" / f"{finished}.safetensors") if finished and c.tune in ("lora", "olora") else {}
+    kept = {name: tensor.to(c.device, copy=True) for name, tensor in kept.items()}
+    if c.tune == "lora":
+        model.load_state_dict(kept, strict=False)
+    elif c.tune != "full":
+        merge_lora(model)                                          # B is zero: back to the plain model
+    return model, kept
+
+def learn(model, kept, c, tasks, tokenizer, stage, index):
+    """One stage: the task's rows with what is replayed (--joint: all tasks' rows), an adapter if it is to be new, training.
+    Returns what is kept of the adapters, the stage's speeds and the log."""
+    rows_of = lambda task: [tokenizer.training_row(example) for example in task.train]
+    name, rows, started = "all tasks" if c.joint else tasks[index].name, rows_of(tasks[index]), time.perf_counter()
+    for j in range(index if c.joint or c.replay else 0):
+        past = rows_of(tasks[j])
+        order = seeded(c.seed, j, purpose=1).permutation(len(past))            # the same records for every later task
+        rows += past if c.joint else [past[i] for i in order[:int(len(past) * c.replay)]]
+    epochs = c.epochs or (2 if (c.order, name) in data.TWO_EPOCHS else 1)
+    rng = seeded(c.seed, stage)
+    if c.tune in ("inclora", "olora"):
+        add_lora(model)
+    masked = c.mask != "none" and (stage > 0 or c.mask_first)
+    log = train_task(model, rows, c, masked, rng, name, epochs, kept if c.tune == "olora" else {})
+    if c.tune == "lora":
+        kept = {key: p.detach() for key, p in model.named_parameters() if ".lora_" in key}
+    if c.tune == "olora":
+        kept = {key: torch.cat([*([kept[key]] if key in kept else []), adapter.lora_A.weight.detach()])
+                for key, adapter in adapters(model).items()}
+    if c.tune in ("inclora", "olora"):
+        merge_lora(model)
+    seconds, tokens = time.perf_counter() - started, sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
+    memory = torch.cuda.max_memory_allocated() if "cuda" in c.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return kept, {"task": name, "train_seconds": seconds, "train_examples_per_second": epochs * len(rows) / seconds,
+                  "train_tokens_per_second": epochs * tokens / seconds, "peak_memory_gb": memory / 1e9}, [(name, *entry) for entry in log]
 
 def write_csv(path, rows):
     lines = []
     csv.writer(SimpleNamespace(write=lines.append), lineterminator="\n").writerows(rows)
     write_file(path, lines)
 
-def peak_memory(device):
-    """Bytes: of the GPU, or of this process."""
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-def prepare(folder, source, c, finished):
-    """The model as the last finished task left it, and what of its adapters is needed on: LoRA's own, which it goes on
-    training, or O-LoRA's earlier A (layer name -> (ranks, d_in))."""
-    model = load_model(folder / "model" if finished and c.tune != "lora" else source).to(c.device)
-    seeded(c.seed, 0)
-    if c.tune != "full":
-        add_lora(model)
-        for name, p in model.named_parameters():                   # frozen weights in the type of the arithmetic, but adapted
-            if not p.requires_grad and name.removesuffix(".weight") not in adapters(model):
-                p.data = p.data.to(getattr(torch, c.dtype))        # layers in fp32, so that folding does not drift
-    if c.mask != "none":
-        new_masker(model, c).remove()                              # --layers must select something before hours go by
-    saved = read_safetensors(folder / "adapters" / f"{finished}.safetensors") if finished and c.tune in ("lora", "olora") else {}
-    saved = {name: tensor.to(c.device) for name, tensor in saved.items()}
-    if c.tune == "lora":
-        model.load_state_dict(saved, strict=False)
-    elif c.tune != "full":
-        merge_lora(model)                                          # B is zero: unchanged
-    return model, saved
-
 def run(folder, config, source, tasks, tokenizer):
     """Train on each task, save, test as --eval says. The weights' file also tells what is finished, so that one rename saves
-    both, and --resume goes on from there."""
+    both; --resume goes on from there, testing the last finished task again."""
     c, names, weights = SimpleNamespace(**config), [task.name for task in tasks], folder / "model" / "model.safetensors"
     state = {"stages": [], "matrix": [[None] * len(tasks) for _ in tasks], "log": []}
     if weights.exists():
         state = json.loads(open_safetensors(weights)[1]["migu"])
-    finished, todo = len(state["stages"]), [len(tasks) - 1] if c.joint else range(len(tasks))
-    if finished == len(todo) and (folder / "results.json").exists() and read_json(folder / "results.json")["average_accuracy"] is not None:
+    finished, todo, results = len(state["stages"]), [len(tasks) - 1] if c.joint else range(len(tasks)), folder / "results.json"
+    if finished == len(todo) and results.exists() and len(read_json(results)["stages"]) == finished:
         return print("nothing left to do")
-    device, dtype = torch.device(c.device), getattr(torch, c.dtype)
     with explained(ValueError, OSError):
-        model, earlier = prepare(folder, source, c, finished)
+        model, kept = prepare(folder, source, c, finished)
     write_file(folder / "config.json", [json.dumps(config, indent=1)])
-    rows_of = lambda task: [tokenizer.training_row(example) for example in task.train]
-    for stage, index in enumerate(todo):
-        name = "all tasks" if c.joint else names[index]
-        if stage < finished - 1:
-            continue
+    for stage, index in [*enumerate(todo)][max(finished - 1, 0):]:
         if stage >= finished:                                      # else it is trained, and maybe not tested
-            rows = rows_of(tasks[index])
-            for j in range(index):                                 # replay: the same records each time
-                past = rows_of(tasks[j]) if c.joint or c.replay else []
-                rows += past if c.joint else [past[k] for k in seeded(c.seed, j, 1).permutation(len(past))[:int(len(past) * c.replay)]]
-            epochs = c.epochs or (2 if (c.order, name) in data.TWO_EPOCHS else 1)
-            rng, started = seeded(c.seed, stage), time.perf_counter()
-            if c.tune in ("inclora", "olora"):
-                add_lora(model)
-            masked = c.mask != "none" and (stage > 0 or c.mask_first)
-            log = train_task(model, rows, c, masked, rng, name, epochs, earlier if c.tune == "olora" else None)
-            seconds = time.perf_counter() - started
-            tokens = epochs * sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
-            state["stages"].append({
-                "task": name, "train_seconds": seconds, "train_examples_per_second": epochs * len(rows) / seconds,
-                "train_tokens_per_second": tokens / seconds, "peak_memory_gb": peak_memory(device) / 1e9})
-            state["log"] += [(name, *entry) for entry in log]
+            kept, speeds, log = learn(model, kept, c, tasks, tokenizer, stage, index)
+            state["stages"].append(speeds)
+            state["log"] += log
             write_csv(folder / "log.csv", [("task", "step", "loss", "kept"), *state["log"]])
-            if c.tune == "lora":
-                earlier = {key: p.detach() for key, p in model.named_parameters() if ".lora_" in key}
-            elif c.tune == "olora":
-                earlier = {key: torch.cat([*([earlier[key]] if key in earlier else []), adapter.lora_A.weight.detach()])
-                           for key, adapter in adapters(model).items()}
-            if earlier:
-                write_safetensors(folder / "adapters" / f"{stage + 1}.safetensors", earlier)
-            if c.tune in ("inclora", "olora"):
-                merge_lora(model)
+            if kept:
+                write_safetensors(folder / "adapters" / f"{stage + 1}.safetensors", kept)
             save_model(model, folder / "model", {"migu": json.dumps(state)}, plain_weights(model))
-        seconds, count = 0.0, 0
+        speeds, tests = state["stages"][stage], 0
+        speeds["test_seconds"] = 0.0
         for j in range(index + 1) if c.eval == "all" or index == len(tasks) - 1 else ():
-            accuracy, predictions, its_seconds = evaluation.evaluate(model, tokenizer, tasks[j].test, dtype, name=names[j])
+            accuracy, predictions, seconds = evaluation.evaluate(model, tokenizer, tasks[j].test, getattr(torch, c.dtype), name=names[j])
             lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
             write_file(folder / "predictions" / f"{index + 1}-{names[index]}" / f"{names[j]}.jsonl", lines)
-            state["matrix"][index][j] = accuracy
-            seconds, count = seconds + its_seconds, count + len(predictions)
-        speeds = state["stages"][stage]
-        speeds.update(test_seconds=seconds, **({"test_examples_per_second": count / seconds} if count else {}))
+            state["matrix"][index][j], tests = accuracy, tests + len(predictions)
+            speeds["test_seconds"] += seconds
+            speeds["test_examples_per_second"] = tests / speeds["test_seconds"]
         matrix = np.array(state["matrix"], float)
         measures = {name: getattr(evaluation, name)(matrix) for name in evaluation.MEASURES}
         write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
-        write_file(folder / "results.json", [json.dumps({
+        write_file(results, [json.dumps({
             "tasks": names, "matrix": state["matrix"], **{name: None if np.isnan(x) else x for name, x in measures.items()},
             "seconds": sum(s["train_seconds"] + s["test_seconds"] for s in state["stages"]),
             "peak_memory_gb": max(s["peak_memory_gb"] for s in state["stages"]), "stages": state["stages"]}, indent=1)])
@@ -261,34 +255,32 @@ def run(folder, config, source, tasks, tokenizer):
 def demo(args):
     """Plain tuning beside MIGU on made-up tasks: the commands a user would type, on a tiny T5 made here."""
     root = Path(args.out) / "demo"
-    if root.exists() and not (root / "tiny-t5").exists():
+    if root.exists() and not (root / "untrained").exists():
         fail(f"{root} is in use: choose another --out")
     shutil.rmtree(root, ignore_errors=True)
-    known, fresh = [root / "known" / f"words{i}" for i in range(12)], [root / "tasks" / name for name in ("alpha", "beta", "gamma", "delta")]
+    known, fresh = [str(root / "known" / f"words{i}") for i in range(12)], [str(root / "new" / name) for name in ("alpha", "beta", "gamma", "delta")]
     data.make_demo(known, sizes=(200, 25), seed=1)
     data.make_demo(fresh, sizes=(400, 100), seed=2)
     known_tasks, fresh_tasks = ([data.load_task("", folder) for folder in folders] for folders in (known, fresh))
-    print("A tiny T5 first learns 12 made-up tasks at once; what is left of them in the end is the last column below.", flush=True)
-    rng = seeded(0, 0)
-    model = T5(data.DEMO_T5)
     texts = [text for task in known_tasks + fresh_tasks for example in task.train for text in example]
+    seeded(0, 0)
+    model = T5(data.DEMO_T5)
     model.files["spiece.model"] = data.train_vocabulary(texts, data.DEMO_T5["vocab_size"])
-    save_model(model, root / "tiny-t5")
-    tokenizer = data.load_tokenizer(root / "tiny-t5")
-    rows = [tokenizer.training_row(example) for task in known_tasks for example in task.train]
-    c = SimpleNamespace(dtype="float32", optimizer="adamw", lr=1e-3, batch_size=32, micro_batch=32)
-    train_task(model, rows, c, False, rng, "12 known tasks", epochs=6)
-    save_model(model, root / "tiny-t5")
-    skill = lambda model: evaluation.evaluate(model, tokenizer, [e for task in known_tasks for e in task.test], name="known tasks")[0]
-    table, after = [["", "average accuracy", "backward transfer", "known tasks"], ["before", "-", "-", f"{skill(model):.1f}"]], []
-    for name, mask in (("plain", "none"), ("MIGU", "migu")):
-        command = ["--tasks", *map(str, fresh), "--model", str(root / "tiny-t5"), "--mask", mask, "--lr", "5e-4", "--epochs", "5",
-                   "--batch-size", "32", "--eval", "all", "--device", "cpu", "--out", str(root), "--seed", str(args.seed[0])]
-        print("\n$ python train.py " + " ".join(command), flush=True)
+    save_model(model, root / "untrained")
+
+    def train(title, tasks, model, *more):
+        command = ["--tasks", *tasks, "--model", str(model), "--batch-size", "32", "--device", "cpu", "--out", str(root), *more]
+        print(f"\n{title}\n$ python train.py {' '.join(command)}", flush=True)
         (folder, results), = main(command)
-        after.append([results["average_accuracy"], results["backward_transfer"], skill(load_model(folder / "model"))])
-        table.append([name, *(f"{x:.1f}" for x in after[-1])])
-    print("\n" + evaluation.table(table))
+        skill, _, _ = evaluation.evaluate(load_model(folder / "model"), data.load_tokenizer(model), [e for task in known_tasks for e in task.test])
+        return folder / "model", [results["average_accuracy"], results["backward_transfer"], skill]
+
+    pretrained, (_, _, skill) = train("A tiny T5 learns 12 known tasks, all at once.", known, root / "untrained", "--joint", "--mask", "none",
+                                      "--lr", "1e-3", "--epochs", "6")
+    after = [train(f"It goes on to learn four new tasks, one after another, {how}.", fresh, pretrained, "--mask", mask, "--lr", "5e-4",
+                   "--epochs", "5", "--eval", "all", "--seed", str(args.seed[0]))[1] for how, mask in (("plainly", "none"), ("with MIGU", "migu"))]
+    rows = [[name, *map(evaluation.cell, values)] for name, values in (("before", [None, None, skill]), ("plain", after[0]), ("MIGU", after[1]))]
+    print("\n" + evaluation.table([["", "average accuracy", "backward transfer", "accuracy on the known tasks"], *rows]))
     print("\nMIGU against plain tuning, seed {}: average accuracy {:+.1f}, backward transfer {:+.1f}, known tasks {:+.1f} points."
           .format(args.seed[0], *(b - a for a, b in zip(*after))))
 
@@ -311,9 +303,8 @@ def main(argv=None):
         print(f"# {folder}", flush=True)
         with explained(OSError, FloatingPointError, torch.OutOfMemoryError):
             run(folder, config, source, [tasks[name] for name in config["tasks"]], tokenizer)
-    finished = evaluation.load_runs([folder for folder, _ in runs])
-    print(evaluation.compare(finished))
-    return [(folder, results) for (folder, _), (_, results) in zip(runs, finished)]
+    print(evaluation.compare([folder for folder, _ in runs]))
+    return [(folder, read_json(folder / "results.json")) for folder, _ in runs]
 
 if __name__ == "__main__":
     main()
