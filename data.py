@@ -6,7 +6,6 @@ of labels (the form of O-LoRA's CL_Benchmark, which the paper uses). The group n
 import io, json
 from collections import namedtuple
 from pathlib import Path
-
 import numpy as np
 import sentencepiece
 import torch
@@ -14,29 +13,24 @@ import torch
 Example = namedtuple("Example", "prompt answer")
 Task = namedtuple("Task", "name train test labels")                # train, test: lists of Example
 
-ORDERS = {
-    1: ("dbpedia", "amazon", "yahoo", "agnews"),
-    2: ("dbpedia", "amazon", "agnews", "yahoo"),
-    3: ("yahoo", "amazon", "agnews", "dbpedia"),
-    4: tuple("MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo".split()),
-    5: tuple("MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo".split()),
-    6: tuple("yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC".split()),
-}
+ORDERS = {1: "dbpedia amazon yahoo agnews", 2: "dbpedia amazon agnews yahoo", 3: "yahoo amazon agnews dbpedia",
+          4: "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
+          5: "MultiRC BoolQA WiC MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yelp amazon yahoo",
+          6: "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC"}
+ORDERS = {order: tuple(names.split()) for order, names in ORDERS.items()}
 TWO_EPOCHS = {(5, "WiC"), (6, "MNLI")}                             # as in the official scripts; all else has one
 GROUPS = {"TC": ("dbpedia", "yahoo", "agnews"), "SC": ("amazon", "yelp", "IMDB", "SST-2"), "NLI": ("MNLI", "CB", "RTE"),
           "QQP": ("QQP",), "BoolQA": ("BoolQA",), "MultiRC": ("MultiRC",), "COPA": ("COPA",), "WiC": ("WiC",)}
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 INSTRUCTIONS = {
-    "SC": "What is the sentiment of the following paragraph?",
-    "TC": "What is the topic of the following paragraph?",
+    "SC": "What is the sentiment of the following paragraph?", "TC": "What is the topic of the following paragraph?",
     "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"?',
     "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning?',
     "BoolQA": "According to the following passage, is the question true or false?",
     "MultiRC": "According to the following passage and question, is the candidate answer true or false?",
-    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?",
-}
+    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence?"}
 GENERAL = "Which label fits the following text?"                   # for groups of your own
-UNKNOWN = "-"                                                      # a test label never published (MNLI): no answer is correct
+UNKNOWN = "-"                                                      # MNLI's unpublished test labels: no answer is correct
 
 def prompt(group, name, labels, sentence):
     """The text a model reads, joined, not formatted: sentences may contain braces. COPA's sentences ask for themselves."""
@@ -44,11 +38,9 @@ def prompt(group, name, labels, sentence):
     return f"Task:{group}\nDataset:{name}\n" + ("" if group == "COPA" else question) + sentence + "\nAnswer:"
 
 def task_folder(root, name):
-    """Where a task of the benchmark, or a task folder of your own, lies."""
-    return Path(root) / GROUP_OF[name] / name if name in GROUP_OF else Path(name)
+    return Path(root) / GROUP_OF[name] / name if name in GROUP_OF else Path(name)          # else a folder of your own
 
 def read_list(path):
-    """A JSON list that is not empty. ValueError or OSError names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -64,40 +56,28 @@ def load_task(root, name, limit=None):
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         raise ValueError(f"{folder / 'labels.json'}: labels are texts, each once")
     splits = []
-    for path in (folder / "train.json", folder / "test.json"):
-        known = labels if path.stem == "train" else [*labels, UNKNOWN]
-        splits.append([])
-        for number, record in enumerate(read_list(path), 1):
+    for path, known in ((folder / "train.json", labels), (folder / "test.json", [*labels, UNKNOWN])):
+        records = read_list(path)
+        for number, record in enumerate(records, 1):
             if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("sentence", "label")):
                 raise ValueError(f"{path}: record {number} needs a text \"sentence\" and a text \"label\"")
             if record["label"] not in known:
                 raise ValueError(f"{path}: record {number}: label {record['label']!r} is not in labels.json")
-            text = prompt(folder.parent.name, folder.name, labels, record["sentence"])
-            splits[-1].append(Example(text, record["label"]))
-    return Task(folder.name, *(split[:limit] for split in splits), labels)
-
-# ---- tokens and batches
+        splits.append([Example(prompt(folder.parent.name, folder.name, labels, record["sentence"]), record["label"])
+                       for record in records[:limit]])
+    return Task(folder.name, *splits, labels)
 
 class Tokenizer:
-    """A sentencepiece vocabulary. T5 reads prompt + end and writes answer + end; Llama reads start + prompt and goes on with
-    answer + end."""
-
+    """T5 reads prompt + end and writes answer + end; Llama reads start + prompt and goes on with answer + end."""
     def __init__(self, file, decoder_only):
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        self.decoder_only = decoder_only
-
-    def encode(self, text):
-        return self.pieces.encode(text)
-
+        self.pieces, self.decoder_only = sentencepiece.SentencePieceProcessor(model_file=str(file)), decoder_only
+        self.encode = self.pieces.encode                           # text -> ids
     def decode(self, ids):
-        """Ids -> text, without special pieces and ids beyond the vocabulary (models have spare rows)."""
-        return self.pieces.decode([i for i in ids if i < len(self.pieces)])
-
+        return self.pieces.decode([i for i in ids if i < len(self.pieces)])    # models have spare rows beyond the vocabulary
     def source(self, text, longest=512):
         """The prompt's ids, cut at its end to leave room for T5's end or Llama's start."""
         ids = self.encode(text)[:longest - 1]
         return [self.pieces.bos_id()] + ids if self.decoder_only else ids + [self.pieces.eos_id()]
-
     def training_row(self, example, longest=50):
         """(input ids, labels): what the model reads and what it must write."""
         source = self.source(example.prompt)
@@ -105,16 +85,14 @@ class Tokenizer:
         return (source + target, [-100] * len(source) + target) if self.decoder_only else (source, target)
 
 def load_tokenizer(path):
-    """The tokenizer of a model folder: T5's spiece.model or Llama's tokenizer.model. ValueError or OSError names the fault."""
-    for name, decoder_only in (("spiece.model", False), ("tokenizer.model", True)):
-        file = Path(path) / name
-        if file.exists():
-            try:
-                return Tokenizer(file, decoder_only)
-            except (RuntimeError, OSError) as error:
-                raise ValueError(f"{file}: not a sentencepiece model: {error}") from None
-    other = "; its tokenizer.json is not supported" if (Path(path) / "tokenizer.json").exists() else ""
-    raise FileNotFoundError(f"{path} holds no sentencepiece tokenizer (spiece.model or tokenizer.model){other}")
+    """A model folder's tokenizer: T5's spiece.model or Llama's tokenizer.model. ValueError or OSError names the fault."""
+    files = [file for file in (Path(path, "spiece.model"), Path(path, "tokenizer.model")) if file.exists()]
+    if not files:
+        raise FileNotFoundError(f"{path} holds neither spiece.model nor tokenizer.model; a tokenizer.json is not supported")
+    try:
+        return Tokenizer(files[0], decoder_only=files[0].name == "tokenizer.model")
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{files[0]}: not a sentencepiece model: {error}") from None
 
 def pad(rows, value):
     """Lists of ids -> (B, S), filled on the right; S is a multiple of 16, which attention kernels like."""
@@ -132,14 +110,13 @@ def batches(rows, size, rng):
     return [[rows[i] for i in order[start:start + size]] for start in range(0, len(rows), size)]
 
 # ---- the demo's tasks: each topic has made-up words of its own, and a text is about the topic of its words
-
 DEMO_LABELS = ("music sport food travel health money science history nature fashion weather cinema gardens animals crafts "
                "law trains games painting theatre").split()
-DEMO_T5 = dict(vocab_size=600, d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0)
+DEMO_T5 = dict(vocab_size=600, d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
+               layer_norm_epsilon=1e-6, relative_attention_num_buckets=32)
 
 def make_demo(folders, sizes, seed, topics=4, words=8):
-    """Write a task into each folder: 4 labels with 8 words each, texts of 3 such words and 2 that say nothing. No text is in
-    both train and test; sizes: how many are in each."""
+    """Write a task into each folder: a text has 3 words of its label's and 2 that say nothing; sizes: of train and test."""
     rng = np.random.default_rng(seed)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     for folder in map(Path, folders):
@@ -148,8 +125,8 @@ def make_demo(folders, sizes, seed, topics=4, words=8):
         label_of = {}
         while len(label_of) < sum(sizes):
             label = labels[len(label_of) % topics]
-            text = [*rng.choice(own[label], 3), *rng.choice(own["nothing"], 2)]
-            label_of[" ".join(rng.permutation(text))] = label
+            text = rng.permutation([*rng.choice(own[label], 3), *rng.choice(own["nothing"], 2)])
+            label_of[" ".join(text)] = label                       # no text twice: none is in both train and test
         records = [{"sentence": str(text), "label": label_of[text]} for text in rng.permutation([*label_of])]
         folder.mkdir(parents=True)
         for file, content in (("train", records[:sizes[0]]), ("test", records[sizes[0]:]), ("labels", labels)):
@@ -158,7 +135,6 @@ def make_demo(folders, sizes, seed, topics=4, words=8):
 def train_vocabulary(texts, size):
     """A sentencepiece vocabulary in T5's form (pad 0, end 1, unknown 2): its file's bytes."""
     file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=file, vocab_size=size, hard_vocab_limit=False, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, vocab_size=size, minloglevel=2,
+                                             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1)
     return file.getvalue()

@@ -1,26 +1,19 @@
 """MIGU: magnitude-based gradient updating (Du et al., EMNLP 2024 Findings, sections 3.2 and 3.3).
 
-A linear layer computes h = x W^T. Over the tokens of the current batch, its output neuron i has the magnitude
-
-    n_i = sum over tokens of |h_i|.
-
-Which neurons are large differs from task to task. MIGU updates only those, so that tasks wear each other's weights out less:
+A linear layer computes h = x W^T. Its output neuron i has the magnitude n_i: |h_i|, summed over the tokens of the current batch
+(the paper divides by constants that a quantile does not see). Which neurons are large differs from task to task, and MIGU
+updates those alone, so that tasks wear each other's weights out less, without old data or task labels:
 
     M_i = 1 if n_i >= the T-quantile of n, else 0        T = 0.7 keeps the top 30 % of the neurons
     W  <-  W - lr * M * dL/dW                            row i of the gradient is multiplied by M_i
 
-(The paper divides n by its sum and by the number of tokens; a quantile does not see it.) No old data and no task label:
-
-    masker = MIGU(model, threshold=0.7)
     loss.backward()
-    masker.mask_gradients()
+    masker.mask_gradients()                              # masker = MIGU(model, threshold=0.7)
     optimizer.step()
 
 Masked are the weights of linear layers: all but the output head, unless `layers` chooses others. Not masked: embeddings,
 norms, biases, T5's position tables. With SGD a masked row stays as it is. With AdamW it may still move: its gradient is
 zero, but the momentum of steps in which it was kept goes on, and weight decay shrinks every row.
-
-LoRA writes W + (alpha / r) B A with W frozen. A is masked by its own output, B by the output of the whole layer.
 """
 import re
 
@@ -38,30 +31,24 @@ def l1(matrix, dim):
     return torch.linalg.vector_norm(matrix, 1, dim, dtype=torch.float32)       # bf16 would stall
 
 class MIGU:
-    """Masks a model's weight gradients by rows. Criterion "magnitude" is the method; "random" rows and the rows of largest
-    "gradient" or "weight" L1 norm are what the paper compares it with (table 11)."""
-
+    """Masks gradients by rows: largest "magnitude" (the method), "gradient" or "weight" norm (table 11), or "random" rows."""
     def __init__(self, model, threshold=0.7, criterion="magnitude", layers=NOT_THE_HEAD):
         if criterion not in CRITERIA or not 0 <= threshold <= 1:
             raise ValueError(f"criterion {criterion!r} must be one of {CRITERIA}, and threshold {threshold} from 0 to 1")
-        linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        trained = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
+        trained = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad}
         self.layers = {name: layer for name, layer in trained.items() if re.search(layers, re.sub(r"\.lora_[AB]$", "", name))}
         if not self.layers:
             raise ValueError(f"{layers!r} selects none of the linear layers that are trained, such as {', '.join([*trained][:3])}")
         self.threshold, self.criterion = threshold, criterion
-        self.measured = {name: linear[name.removesuffix(".lora_B")] for name in self.layers}      # B: by the whole layer
+        self.measured = {name: model.get_submodule(name.removesuffix(".lora_B")) for name in self.layers}
         self.magnitude = {}                                        # measured layer -> (d_out,) fp32, of this step so far
-        self.hooks = []
-        if criterion == "magnitude":
-            self.hooks = [layer.register_forward_hook(self.add_magnitude) for layer in {*self.measured.values()}]
-
+        hooked = {*self.measured.values()} if criterion == "magnitude" else ()
+        self.hooks = [layer.register_forward_hook(self.add_magnitude) for layer in hooked]
     def add_magnitude(self, layer, inputs, output):
         """Add a training pass's |output|, summed over its tokens; several passes make one step's batch."""
         if layer.training and torch.is_grad_enabled():
             magnitude = l1(output.detach().reshape(-1, layer.out_features), 0)
             self.magnitude[layer] = self.magnitude[layer] + magnitude if layer in self.magnitude else magnitude
-
     def score(self, name):
         """(d_out,): what a layer's rows are ranked by."""
         layer = self.layers[name]
@@ -72,7 +59,6 @@ class MIGU:
         if self.measured[name] not in self.magnitude:
             raise RuntimeError(f"{name} has a gradient, but no pass in training mode since the last step")
         return self.magnitude[self.measured[name]]
-
     @torch.no_grad()
     def mask_gradients(self):
         """Zero the masked rows' gradients, passing over layers that have none. Returns (): rows kept / rows."""
@@ -87,65 +73,54 @@ class MIGU:
             kept, rows = kept + keep.sum(), rows + keep.numel()
         self.magnitude.clear()
         return torch.as_tensor(kept) / rows
-
     def remove(self):
         """Take the hooks off: the model is as it was."""
         for hook in self.hooks:
             hook.remove()
         self.magnitude.clear()
 
-# ---- low-rank adapters: LoRA (Hu et al. 2022), IncLoRA (a new one for each task), O-LoRA (Wang et al. 2023)
+# ---- low-rank adapters: LoRA (Hu et al. 2022), IncLoRA (a new one for each task), O-LoRA (Wang et al. 2023). MIGU masks A by
+# ---- its own output, and B by the output of the whole layer, W and adapter (section 3.3)
+def add_adapter(layer, inputs, output):
+    return output + layer.scale * layer.lora_B(layer.lora_A(layer.lora_dropout(inputs[0])))
+def adapted(model):
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+def folded(layer):
+    """(d_out, d_in): W + (alpha / r) B A, with A (r, d_in) and B (d_out, r)."""
+    return (layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight).detach()
 
-class LoRALinear(nn.Linear):
-    """x W^T + (alpha / r) dropout(x) A^T B^T, with W frozen and B zero at first: the layer starts as it was."""
-
-    def __init__(self, layer, rank, alpha, dropout):
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight, self.bias, self.scale = layer.weight, layer.bias, alpha / rank
-        self.lora_A = nn.Linear(layer.in_features, rank, bias=False, device=layer.weight.device)          # A: (r, d_in)
-        self.lora_B = nn.Linear(rank, layer.out_features, bias=False, device=layer.weight.device)         # B: (d_out, r)
-        nn.init.zeros_(self.lora_B.weight)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
-
-    @torch.no_grad()
-    def folded(self):
-        """(d_out, d_in): W + (alpha / r) B A."""
-        return self.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
-
-def replace(model, name, layer):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-def adapters(model):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-
-def add_lora(model, rank=8, alpha=32, dropout=0.05):
-    """Freeze the model and put an adapter on each q and v projection (T5: q, v; Llama: q_proj, v_proj)."""
+def add_lora(model, rank=8, alpha=32, dropout=0.05, dtype=None):
+    """Freeze the model and adapt each q and v projection, with B = 0. dtype: of the other weights; adapted ones stay fp32, so
+    that folding in task after task does not drift."""
     model.requires_grad_(False)
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, nn.Linear) and re.search(r"\.[qv](_proj)?$", name):
-            replace(model, name, LoRALinear(layer, rank, alpha, dropout))
+            layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, device=layer.weight.device)
+            layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, device=layer.weight.device)
+            nn.init.zeros_(layer.lora_B.weight)
+            layer.lora_dropout, layer.scale = nn.Dropout(dropout), alpha / rank
+            layer.adapter = layer.register_forward_hook(add_adapter)
+        elif dtype:
+            for p in layer.parameters(recurse=False):
+                p.data = p.data.to(dtype)
 
 def plain_weights(model):
     """name -> weight as a model without adapters has it, the adapters folded in."""
-    weights = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    return weights | {f"{name}.weight": adapter.folded() for name, adapter in adapters(model).items()}
+    plain = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    return plain | {f"{name}.weight": folded(layer) for name, layer in adapted(model).items()}
 
 def merge_lora(model):
     """Fold the adapters into their layers: a plain model again, all of it trainable."""
-    for name, adapter in adapters(model).items():
-        layer = nn.Linear(adapter.in_features, adapter.out_features, adapter.bias is not None, device="meta")
-        layer.weight, layer.bias = nn.Parameter(adapter.folded()), adapter.bias
-        replace(model, name, layer)
+    for layer in adapted(model).values():
+        layer.weight.data = folded(layer)
+        layer.adapter.remove()
+        del layer.lora_A, layer.lora_B, layer.lora_dropout
     model.requires_grad_(True)
 
 def orthogonality_penalty(model, earlier, l1_weight=0.5, l2_weight=0.0):
     """O-LoRA's l1 * sum |A_old A_new^T| + l2 * (||A_new|| + ||B_new||); earlier: layer name -> (earlier ranks, d_in)."""
     penalty = 0.0
-    for name, layer in adapters(model).items():
+    for name, layer in adapted(model).items():
         penalty = penalty + l1_weight * (earlier[name] @ layer.lora_A.weight.T).abs().sum()
         if l2_weight:
             penalty = penalty + l2_weight * (layer.lora_A.weight.norm() + layer.lora_B.weight.norm())

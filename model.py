@@ -1,11 +1,8 @@
 """T5 and Llama in plain PyTorch, and the Hugging Face folders they are loaded from and saved to.
 
-Every parameter has its Hugging Face name, so a checkpoint loads strictly, with no table of renames, and gives the numbers
-transformers gives. One thing is unusual: a batch is kept packed. Linear layers see (tokens, d), the real tokens of all
-rows one after another; only attention lays them out as (B, H, S, D). No work is spent on padding, and MIGU's magnitudes
-(migu.py) are plain sums over what a layer saw.
-
-In order: the parts of both models; loss and greedy decoding; T5; Llama; safetensors; folders.
+Every parameter has its Hugging Face name: a checkpoint loads strictly and gives the numbers transformers gives. One thing is
+unusual: a batch is kept packed. Linear layers see (tokens, d), the real tokens of all rows one after another; only attention
+lays them out as (B, H, S, D). No work is spent on padding, and MIGU's magnitudes are plain sums over what a layer saw.
 """
 import itertools, json, math, mmap, os, re, struct
 from pathlib import Path
@@ -16,33 +13,29 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- the parts of both models
-
 class Rows:
-    """Where the real tokens of a padded batch lie. mask (B, S), bool; if it is on the CPU, no step waits for the GPU."""
-
-    def __init__(self, mask, device):
+    """Where the real tokens of a batch lie, by its mask (B, S), bool; kept on the CPU, it lets no step wait for the GPU."""
+    def __init__(self, mask, device, cache=None):
         self.size, self.mask = mask.shape, mask.to(device, non_blocking=True)
         self.positions = mask.flatten().nonzero().squeeze(1)       # (tokens,), on the mask's device
         self.index = self.positions.to(device, non_blocking=True)
-
-    def pack(self, x):
-        """(B, S, ...) -> (tokens, ...)"""
+        if cache is not None:                                      # rows that began before: (B, keys), the mask of all ids so far
+            self.mask, = cache["mask"] = [torch.cat([*cache.get("mask", ()), self.mask], 1)]
+        keys = self.mask.shape[1]                                  # no query sees what follows it: (S, keys)
+        self.causal = torch.ones(self.size[1], keys, dtype=torch.bool, device=device).tril(keys - self.size[1])
+    def pack(self, x):                                             # (B, S, ...) -> (tokens, ...)
         return x.flatten(0, 1).index_select(0, self.index)
-
-    def pad(self, x):
-        """(tokens, ...) -> (B, S, ...), zero at padding."""
+    def pad(self, x):                                              # (tokens, ...) -> (B, S, ...), zero at padding
         return x.new_zeros(self.size.numel(), *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, self.size)
 
 class Attention(nn.Module):
     """q, k, v and o under the names their checkpoint has; with fewer key heads, each serves consecutive queries."""
-
     def __init__(self, names, width, heads, kv_heads, head_dim, dropout, scale=None, bias=False):
         super().__init__()
         self.names, self.heads, self.kv_heads, self.dropout, self.scale = names, heads, kv_heads, dropout, scale
         inner, kv_inner = heads * head_dim, kv_heads * head_dim    # need not be the width
         for name, shape in zip(names, ((width, inner), (width, kv_inner), (width, kv_inner), (inner, width))):
             self.add_module(name, nn.Linear(*shape, bias=bias))
-
     def forward(self, x, rows, bias, cache=None, rope=None, memory=None, memory_rows=None):
         """x (tokens, d) attends to itself, or to memory (memory tokens, d); bias broadcasts to (B, H, S, keys)."""
         q, k, v, o = (self.get_submodule(name) for name in self.names)
@@ -67,13 +60,12 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """out(act(in(x))) or, with three names, out(act(in(x)) * gate(x))."""
-
     def __init__(self, names, width, inner, act, dropout=0.0, bias=False):
         super().__init__()
         self.names, self.act, self.dropout = names, act, nn.Dropout(dropout)
-        for name in names:
-            self.add_module(name, nn.Linear(*((inner, width) if name == names[-1] else (width, inner)), bias=bias))
-
+        for name in names[:-1]:
+            self.add_module(name, nn.Linear(width, inner, bias=bias))
+        self.add_module(names[-1], nn.Linear(inner, width, bias=bias))
     def forward(self, x):
         first, *gate, out = (self.get_submodule(name) for name in self.names)
         h = self.act(first(x))
@@ -84,19 +76,8 @@ def rotate(x, cos, sin):
     left, right = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
 
-def so_far(mask, cache):
-    """(B, keys): which of all ids up to now are real."""
-    if cache is not None:
-        mask, = cache["mask"] = [torch.cat([*cache.get("mask", ()), mask], 1)]
-    return mask
-
-def causal(queries, keys, device):
-    """(queries, keys), bool: the queries are the last of the keys, and none sees what follows it."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
 def attention_bias(allowed, weight, bias=None):
-    """Attention's additive mask in the type its queries have: bias (or 0) where allowed, elsewhere the lowest number, which
-    is finite: a row of padding alone must not become NaN."""
+    """Attention's additive mask, in the type of its queries: bias (or 0) where allowed, elsewhere the lowest finite number."""
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     bias = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
@@ -104,14 +85,12 @@ def attention_bias(allowed, weight, bias=None):
 
 class LanguageModel(nn.Module):
     """Loss and greedy decoding. T5 and Llama define inputs(), what the decoder reads, and decode(), what it makes of it."""
-
     def __init__(self, config, defaults):
         super().__init__()
         self.config, self.files = config, {}                       # config.json and the tokenizer's files, to be saved again
         self.c = SimpleNamespace(**{**defaults, **config})
         self.eos = self.c.eos_token_id if isinstance(self.c.eos_token_id, list) else [self.c.eos_token_id]
         self.pad = self.eos[0] if self.c.pad_token_id is None else self.c.pad_token_id
-
     def forward(self, input_ids, attention_mask, labels=None):
         """(B, S) ids, mask, labels (-100: ignored) -> logits (B, S, V) and the mean loss, None without labels."""
         ids, real, targets, memory = self.inputs(input_ids, attention_mask, labels)
@@ -119,58 +98,42 @@ class LanguageModel(nn.Module):
         logits = self.lm_head(hidden)                              # (tokens, V)
         loss = None if labels is None else F.cross_entropy(logits.float(), rows.pack(targets.to(logits.device)))
         return rows.pad(logits), loss
-
     def loss(self, input_ids, attention_mask, labels):
         """The same mean loss, for training: the head runs at labelled positions alone."""
         ids, real, targets, memory = self.inputs(input_ids, attention_mask, labels)
         hidden, rows = self.decode(ids, real, None, *memory)
         targets = targets.flatten()[rows.positions]                # (tokens,)
         labelled = (targets != -100).nonzero().squeeze(1)
-        index, targets = (x.to(hidden.device, non_blocking=True) for x in (labelled, targets[labelled]))
-        return F.cross_entropy(self.lm_head(hidden.index_select(0, index)).float(), targets)
-
+        logits = self.lm_head(hidden.index_select(0, labelled.to(hidden.device, non_blocking=True)))
+        return F.cross_entropy(logits.float(), targets[labelled].to(hidden.device, non_blocking=True))
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
         """Greedy decoding with a cache: (B, S) -> the new ids (B, new), each row as if alone, padded after its end."""
         ids, real, _, memory = self.inputs(input_ids, attention_mask, None)
-        cache, device = {}, self.lm_head.weight.device             # cache: attention layer -> (keys, values), rows first
-        rows, eos = torch.arange(len(ids), device=device), torch.tensor(self.eos, device=device)   # rows still in the cache
-        ended = torch.zeros_like(rows, dtype=torch.bool)
-        new = torch.full((len(rows), max_new_tokens), self.pad, device=device)
-        for t in range(max_new_tokens):
-            hidden, its_rows = self.decode(ids, real, cache, *memory)
-            last = real.shape[1] - 1 - real.flip(1).int().argmax(1)                # (B,): each row's last real token
-            hidden = its_rows.pad(hidden)[torch.arange(len(last)), last]           # (B, d)
-            token = self.lm_head(hidden).argmax(-1).masked_fill(ended, self.pad)
-            new[rows, t] = token
-            ended = ended | torch.isin(token, eos)
-            alive = (~ended).nonzero().squeeze(1)                  # the one wait for the device in a step
-            if len(alive) == 0:
-                return new[:, :t + 1]
-            if len(alive) <= len(rows) / 2:                        # worth a copy: go on without the rows that ended
-                rows, token, ended = rows[alive], token[alive], ended[alive]
-                cache = {layer: [x[alive] for x in tensors] for layer, tensors in cache.items()}
-            ids, real = token[:, None], torch.ones(len(token), 1, dtype=torch.bool)
-        return new
+        cache, eos = {}, torch.tensor(self.eos, device=self.lm_head.weight.device)         # cache: layer -> (keys, values)
+        ended, new = torch.zeros(len(ids), dtype=torch.bool, device=eos.device), []
+        while len(new) < max_new_tokens and not (new and ended.all()):         # the one wait for the device in a step
+            hidden, rows = self.decode(ids, real, cache, *memory)
+            last = real.shape[1] - 1 - real.flip(1).int().argmax(1)            # (B,): each row's last real token
+            logits = self.lm_head(rows.pad(hidden)[torch.arange(len(last)), last])         # (B, V)
+            new.append(logits.argmax(-1).masked_fill(ended, self.pad))
+            ended = ended | torch.isin(new[-1], eos)
+            ids, real = new[-1][:, None], torch.ones(len(ids), 1, dtype=torch.bool)
+        return torch.stack(new, 1)
 
 # ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head; v1.1 and Flan with gated GELU and a head of their own
-
-T5_DEFAULTS = dict(
-    vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_decoder_layers=None, num_heads=8, dropout_rate=0.1,
-    relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6, feed_forward_proj="relu",
-    tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+T5_DEFAULTS = dict(feed_forward_proj="relu", num_decoder_layers=None, relative_attention_max_distance=128, dropout_rate=0.1,
+                   tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)     # old files lack these
 T5_FEED_FORWARD = {"relu": (("wi", "wo"), F.relu), "gated-gelu": (("wi_0", "wi_1", "wo"), nn.GELU("tanh"))}
 
 class T5Stack(nn.Module):
-    """The encoder, or the decoder: blocks of self-attention, (decoder) cross-attention and feed-forward, each
-    x + dropout(f(norm(x))). Attention has no 1/sqrt(D)."""
-
+    """Encoder or decoder: self-attention, (decoder) cross-attention, feed-forward, each x + dropout(f(norm(x)))."""
     def __init__(self, c, decoder, layers):
         super().__init__()
         self.c, self.decoder, self.block = c, decoder, nn.ModuleList()
         for _ in range(layers):
-            parts = {name: Attention(("q", "k", "v", "o"), c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
-                     for name in (("SelfAttention", "EncDecAttention") if decoder else ("SelfAttention",))}
+            parts = {name: Attention("qkvo", c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
+                     for name in ("SelfAttention", "EncDecAttention")[:1 + decoder]}
             names, act = T5_FEED_FORWARD[c.feed_forward_proj]
             parts["DenseReluDense"] = FeedForward(names, c.d_model, c.d_ff, act, c.dropout_rate)
             self.block.append(nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({
@@ -178,7 +141,6 @@ class T5Stack(nn.Module):
         table = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
         self.block[0].layer[0].SelfAttention.relative_attention_bias = table               # it serves every block
         self.final_layer_norm, self.dropout = nn.RMSNorm(c.d_model, c.layer_norm_epsilon), nn.Dropout(c.dropout_rate)
-
     def position_bias(self, queries, keys):
         """(1, H, queries, keys): a learned number for each bucket of distances; the queries are the last of the keys."""
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
@@ -191,18 +153,13 @@ class T5Stack(nn.Module):
         spread = math.log(self.c.relative_attention_max_distance / exact)
         far = exact + (torch.log(distance.clamp(min=1) / exact) / spread * (buckets - exact)).long()
         return table(start + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))).permute(2, 0, 1)[None]
-
     def forward(self, x, rows, bias, cache=None, memory=None, memory_rows=None, memory_bias=None):
+        context = {"SelfAttention": (rows, bias, cache), "DenseReluDense": (),
+                   "EncDecAttention": (rows, memory_bias, cache, None, memory, memory_rows)}
         x = self.dropout(x)
         for layer in itertools.chain(*(block.layer for block in self.block)):
-            h = layer.layer_norm(x)
-            if "SelfAttention" in layer:
-                h = layer.SelfAttention(h, rows, bias, cache)
-            elif "EncDecAttention" in layer:
-                h = layer.EncDecAttention(h, rows, memory_bias, cache, None, memory, memory_rows)
-            else:
-                h = layer.DenseReluDense(h)
-            x = x + self.dropout(h)
+            name, part = next(iter(layer.items()))
+            x = x + self.dropout(part(layer.layer_norm(x), *context[name]))
         return self.dropout(self.final_layer_norm(x))
 
 class T5(LanguageModel):
@@ -218,53 +175,38 @@ class T5(LanguageModel):
             self.lm_head.weight = self.shared.weight
         scaled = getattr(c, "scale_decoder_outputs", c.tie_word_embeddings)    # v1.0: what the tied head sees is scaled
         self.scale = c.d_model ** -0.5 if scaled else 1.0
-
     def inputs(self, input_ids, attention_mask, labels):
-        """The decoder reads the labels shifted right, each row up to its last label (a -100 before that is a position), or
-        the start token alone, and the memory: the encoder's (tokens, d), its rows and its bias (B, 1, 1, S)."""
-        weight = self.shared.weight
-        rows = Rows(attention_mask.bool(), weight.device)
-        allowed = rows.mask[:, None, None, :]
-        bias = attention_bias(allowed, weight, self.encoder.position_bias(rows.size[1], rows.size[1]))     # (B, H, S, S)
-        memory = self.encoder(self.shared(rows.pack(input_ids.to(weight.device, non_blocking=True))), rows, bias)
+        """The labels shifted right, each row up to its last one, and the memory: (tokens, d), its rows, its bias (B, 1, 1, S)."""
+        rows = Rows(attention_mask.bool(), self.shared.weight.device)
+        allowed, size = rows.mask[:, None, None, :], rows.size[1]
+        bias = attention_bias(allowed, self.shared.weight, self.encoder.position_bias(size, size))         # (B, H, S, S)
+        memory = self.encoder(self.shared(rows.pack(input_ids.to(rows.mask.device, non_blocking=True))), rows, bias)
         labels = torch.full((len(input_ids), 1), -100) if labels is None else labels
         real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
         ids = labels.roll(1, 1)
         ids = ids.masked_fill(ids == -100, self.pad)
         ids[:, 0], real[:, 0] = self.c.decoder_start_token_id, True
-        return ids, real, labels, (memory, rows, attention_bias(allowed, weight))
-
+        return ids, real, labels, (memory, rows, attention_bias(allowed, self.shared.weight))
     def decode(self, ids, real, cache, memory, memory_rows, memory_bias):
         """The next ids (B, S), and which are real -> (tokens, d) for the head, and their rows."""
-        weight, decoder = self.shared.weight, self.decoder
-        rows = Rows(real, weight.device)
+        rows = Rows(real, self.shared.weight.device, cache)
         if cache is not None:
             memory_bias, = cache.setdefault("memory_bias", [memory_bias])
-        size = rows.size[1], so_far(rows.mask, cache).shape[1]     # queries, keys
-        bias = attention_bias(causal(*size, weight.device), weight, decoder.position_bias(*size))
-        x = self.shared(rows.pack(ids.to(weight.device, non_blocking=True)))
-        return decoder(x, rows, bias, cache, memory, memory_rows, memory_bias) * self.scale, rows
+        bias = attention_bias(rows.causal, self.shared.weight, self.decoder.position_bias(*rows.causal.shape))
+        x = self.shared(rows.pack(ids.to(rows.index.device, non_blocking=True)))
+        return self.decoder(x, rows, bias, cache, memory, memory_rows, memory_bias) * self.scale, rows
 
 # ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
+LLAMA_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rope_theta=1e4, rope_scaling=None, rope_parameters=None, mlp_bias=False,
+                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2)
 
-LLAMA_DEFAULTS = dict(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
-    rope_parameters=None, attention_bias=False, mlp_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
-    pad_token_id=None, bos_token_id=1, eos_token_id=2)
-
-class LlamaLayer(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.self_attn = Attention(("q_proj", "k_proj", "v_proj", "o_proj"), c.hidden_size, c.num_attention_heads,
-                                   c.num_key_value_heads, c.head_dim, c.attention_dropout, bias=c.attention_bias)
-        self.mlp = FeedForward(("gate_proj", "up_proj", "down_proj"), c.hidden_size, c.intermediate_size, F.silu, bias=c.mlp_bias)
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+def llama_layer(c):
+    return nn.ModuleDict({
+        "self_attn": Attention(("q_proj", "k_proj", "v_proj", "o_proj"), c.hidden_size, c.num_attention_heads, c.num_key_value_heads,
+                               c.head_dim, c.attention_dropout, bias=c.attention_bias),
+        "mlp": FeedForward(("gate_proj", "up_proj", "down_proj"), c.hidden_size, c.intermediate_size, F.silu, bias=c.mlp_bias),
+        "input_layernorm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps),
+        "post_attention_layernorm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
 
 class Llama(LanguageModel):
     def __init__(self, config):
@@ -277,46 +219,39 @@ class Llama(LanguageModel):
         c.rope_theta = rope.get("rope_theta", c.rope_theta)
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
-            "layers": nn.ModuleList(LlamaLayer(c) for _ in range(c.num_hidden_layers)),
-            "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+                                    "layers": nn.ModuleList(llama_layer(c) for _ in range(c.num_hidden_layers)),
+                                    "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
     def inputs(self, input_ids, attention_mask, labels):
         """It reads the ids themselves; a token's target is the label that follows it."""
         return input_ids, attention_mask.bool(), None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100), ()
-
     def decode(self, ids, real, cache):
         """The next ids (B, S), padded on either side, and which are real -> (tokens, d) for the head, and their rows."""
-        weight = self.lm_head.weight
-        rows = Rows(real, weight.device)
-        real = so_far(rows.mask, cache)                            # (B, keys)
-        half = torch.arange(0, self.c.head_dim, 2, device=weight.device) / self.c.head_dim
-        positions = real.cumsum(1)[:, -rows.size[1]:] - 1        # counted from the row's first real token
+        rows = Rows(real, self.lm_head.weight.device, cache)
+        half = torch.arange(0, self.c.head_dim, 2, device=rows.mask.device) / self.c.head_dim
+        positions = rows.mask.cumsum(1)[:, -rows.size[1]:] - 1     # counted from the row's first real token
         angles = positions[:, None, :, None] * self.c.rope_theta ** -half.repeat(2)        # (B, 1, S, D), fp32
-        bias = attention_bias(causal(rows.size[1], real.shape[1], weight.device) & real[:, None, None, :], weight)
-        x = self.model.embed_tokens(rows.pack(ids.to(weight.device, non_blocking=True)))
+        bias, rope = attention_bias(rows.causal & rows.mask[:, None, None, :], self.lm_head.weight), (angles.cos(), angles.sin())
+        x = self.model.embed_tokens(rows.pack(ids.to(rows.mask.device, non_blocking=True)))
         for layer in self.model.layers:
-            x = layer(x, rows, bias, cache, (angles.cos(), angles.sin()))
+            x = x + layer.self_attn(layer.input_layernorm(x), rows, bias, cache, rope)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.model.norm(x), rows
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
-
 DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
-    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F4": torch.float4_e2m1fn_x2}
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "C64": torch.complex64,
+    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "I8": torch.int8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz}       # all of torch's
 
 def write_file(path, chunks):
     """Write chunks of bytes or text to path, whole or not at all: temporary file, fsync, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             for chunk in chunks:
@@ -343,11 +278,9 @@ def write_safetensors(path, tensors, metadata=None):
 def check(good, fault):
     if not good:
         raise ValueError(fault)
-
 def unsigned(text):
     check(not text.startswith("-") and int(text) < 2 ** 64, f"number {text[:30]} out of range")
     return int(text)
-
 def unique(pairs):
     check(len(dict(pairs)) == len(pairs), "a key stands twice")
     return dict(pairs)
@@ -364,19 +297,15 @@ def read_header(buffer):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header is not JSON: {error}") from None
     metadata = header.pop("__metadata__", None)
-    check(metadata is None or isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()),
-          "__metadata__ must map text to text")
+    check(metadata is None or isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()), "__metadata__ is not text")
     for name, entry in header.items():
-        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
-              and all(isinstance(x, list) and all(type(n) is int for n in x) for x in (entry["shape"], entry["data_offsets"])),
-              f"{name}: an entry holds dtype, shape and data_offsets, both lists of integers")
+        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name}: a wrong entry {entry}")
+        numbers = [entry["shape"], entry["data_offsets"]]
+        check(all(isinstance(x, list) and all(type(n) is int for n in x) for x in numbers), f"{name}: not lists of integers: {numbers}")
         check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, f"{name}: dtype {entry['dtype']} is none of torch's")
     table, end = {}, 8 + length
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        if entry["dtype"] == "F4":                                 # torch keeps two of them in a byte
-            check(shape and shape[-1] % 2 == 0, f"{name}: shape {shape} ends within a byte")
-            shape = [*shape[:-1], shape[-1] // 2]
         start, end = end, end + dtype.itemsize * math.prod(shape)
         check(math.prod(n for n in shape if n) < 2 ** 63 and entry["data_offsets"] == [start - 8 - length, end - 8 - length],
               f"{name}: its bytes {entry['data_offsets']} do not fit its shape {shape}, overlap others, or leave a hole")
@@ -384,32 +313,27 @@ def read_header(buffer):
     check(end == len(buffer), f"the tensors end at byte {end}, the file at byte {len(buffer)}")
     return table, metadata
 
-def open_safetensors(path):
-    """(name -> tensor over a copy-on-write map of the file, metadata). ValueError or OSError names file and fault."""
+def read_safetensors(path, metadata=None):
+    """name -> tensor, memory-mapped; metadata: a dict that receives the file's. ValueError or OSError names file and fault."""
     with open(path, "rb") as file:
         try:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)      # ValueError if the file is empty
-            table, metadata = read_header(buffer)
+            table, found = read_header(buffer)
         except ValueError as error:
             raise ValueError(f"{path}: not a safetensors file: {error}") from None
     data, tensors = torch.frombuffer(buffer, dtype=torch.uint8), {}
     for name, (dtype, shape, start, end) in table.items():
         raw = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()      # align what a header shifted
         tensors[name] = raw.view(dtype).reshape(shape)
-    return tensors, metadata
-
-def read_safetensors(path):
-    """name -> tensor, memory-mapped. ValueError or OSError names file and fault."""
-    return open_safetensors(path)[0]
+    if metadata is not None:
+        metadata.update(found or {})
+    return tensors
 
 # ---- folders in Hugging Face form
-
-CLASSES = {"t5": (T5, "T5ForConditionalGeneration", "shared.weight"),
-           "llama": (Llama, "LlamaForCausalLM", "model.embed_tokens.weight")}
+CLASSES = {"t5": (T5, "T5ForConditionalGeneration", "shared.weight"), "llama": (Llama, "LlamaForCausalLM", "model.embed_tokens.weight")}
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")      # of the embedding, in some files
 HARMLESS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight|.*\.rotary_emb\.inv_freq"
-TOKENIZER_FILES = ("spiece.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "added_tokens.json", "generation_config.json")
+TOKENIZER_FILES = ("spiece.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 def read_json(path):
     """A JSON object. ValueError or OSError names the file."""
@@ -422,20 +346,19 @@ def read_json(path):
 
 def read_weights(path):
     """All tensors of a folder: model.safetensors, or the shards that its index names."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return read_safetensors(single)
+    index, tensors = path / "model.safetensors.index.json", {}
+    if (path / "model.safetensors").exists():
+        return read_safetensors(path / "model.safetensors")
     if not index.exists():
         pickled = "".join(f"; {p.name} is pickled and never opened: convert it to safetensors" for p in path.glob("*.bin"))
         raise FileNotFoundError(f"{path} holds no model.safetensors{pickled}")
     places = read_json(index).get("weight_map")
     check(isinstance(places, dict) and all(isinstance(place, str) and Path(place).name == place for place in places.values()),
           f"{index}: weight_map must map each tensor to the name of a file in this folder")
-    tensors = {}
     for place in sorted(set(places.values())):
         shard = read_safetensors(path / place)
         check(not tensors.keys() & shard.keys(), f"{path / place}: a tensor of it stands in another shard too")
-        tensors.update(shard)
+        tensors |= shard
     return tensors
 
 def load_model(path, dtype=torch.float32):
@@ -451,7 +374,7 @@ def load_model(path, dtype=torch.float32):
     try:
         with torch.device("meta"):                                 # shapes alone, no memory
             model = new(config)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: config.json: {error}") from None
     for copy in COPIES:
         if copy in tensors and (model.c.tie_word_embeddings or copy != "lm_head.weight"):
@@ -470,14 +393,13 @@ def load_model(path, dtype=torch.float32):
     return model.eval()
 
 def save_model(model, path, metadata=None, tensors=None):
-    """Write config.json, the tokenizer's files and model.safetensors (the model's parameters, unless tensors are given): a
-    folder that from_pretrained opens."""
+    """Write a folder that from_pretrained opens; tensors: the weights, if not the model's parameters as they are."""
     path, kind = Path(path), "t5" if isinstance(model, T5) else "llama"
-    tensors = tensors or dict(model.named_parameters())            # a tied head counts once
+    tensors = tensors or dict(model.named_parameters())
     widest = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
-    config = {name: value for name, value in model.config.items() if name != "dtype"}
-    config.update(model_type=kind, architectures=[CLASSES[kind][1]],
-                  torch_dtype=str(widest).removeprefix("torch."))  # transformers loads all in the type written here
+    config = {**model.config, "model_type": kind, "architectures": [CLASSES[kind][1]]}
+    config.pop("dtype", None)
+    config["torch_dtype"] = str(widest).removeprefix("torch.")     # transformers loads all in the type written here
     for name, content in {"config.json": json.dumps(config, indent=2), **model.files}.items():
         write_file(path / name, [content])
     write_safetensors(path / "model.safetensors", tensors, metadata)

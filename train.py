@@ -2,32 +2,29 @@
 
     python train.py --demo                               # offline, on a CPU, in about two minutes
     python train.py --order 1                            # t5-large, full tuning with MIGU, the paper's settings
-    python train.py --order 1 2 3 --seed 42 1024 2048    # nine runs, and a table over them
-    python train.py --order 4 --tune lora --mask none --replay 0.02
+    python train.py --order 1 2 3 --seed 42 1024 2048 --tune lora --replay 0.02        # nine runs, and a table over them
     python train.py --tasks my_tasks/news my_tasks/mail  # folders with train.json, test.json and labels.json
 
---tune, --mask and --replay are free to combine. The method is three lines of train_task().
+The method is three lines of train_task().
 """
 import argparse, csv, itertools, json, math, re, resource, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
 import torch
 from tqdm import tqdm
-
 import data
 import download
 import eval as evaluation
-from migu import CRITERIA, MIGU, NOT_THE_HEAD, adapters, add_lora, merge_lora, orthogonality_penalty, plain_weights
-from model import T5, load_model, open_safetensors, read_json, read_safetensors, save_model, write_file, write_safetensors
+from eval import evaluate
+from migu import CRITERIA, MIGU, NOT_THE_HEAD, adapted, add_lora, merge_lora, orthogonality_penalty, plain_weights
+from model import T5, load_model, read_json, read_safetensors, save_model, write_file, write_safetensors
 
 LEARNING_RATE = {"full": 1e-4, "lora": 1e-3, "inclora": 1e-3, "olora": 1e-3}               # the paper's
 THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05, "replay": 0.4}
 
 # ---- the command line
-
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2."""
     print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
@@ -71,10 +68,9 @@ def parse_args(argv):
     add("--out", default="runs", help="folder of the runs (default %(default)s)")
     add("--resume", action="store_true", help="go on with runs that were stopped")
     args = parser.parse_args(argv)
-    for name in ("lr", "epochs", "batch_size", "micro_batch", "limit", "threshold", "replay"):
-        value, fraction = getattr(args, name), name in ("threshold", "replay")
-        if value is not None and not (0 <= value <= 1 if fraction else 0 < value < math.inf):
-            fail(f"--{name.replace('_', '-')} must be " + ("from 0 to 1" if fraction else "above 0"))
+    numbers = [x for x in (args.lr, args.epochs, args.batch_size, args.micro_batch, args.limit) if x is not None]
+    if not all(0 < x < math.inf for x in numbers) or not all(0 <= x <= 1 for x in (args.threshold or 0, args.replay)):
+        fail("--threshold and --replay must be from 0 to 1, and --lr, --epochs, --batch-size, --micro-batch, --limit above 0")
     if args.demo + bool(args.order) + bool(args.tasks) != 1:
         fail("say what to train on: --demo, --order 1, or --tasks FOLDER FOLDER")
     with explained(re.error, RuntimeError, AssertionError):
@@ -84,39 +80,34 @@ def parse_args(argv):
 
 def plan(args):
     """The runs that a command asks for, each order with each seed: [(folder, what its config.json will say)]."""
-    runs = []
+    runs, versions = [], {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    method = [args.tune, args.mask] + [f"replay{args.replay:g}"] * (args.replay > 0) + ["joint"] * args.joint
+    threshold = THRESHOLD["replay" if args.replay else args.tune] if args.threshold is None else args.threshold
     for order, seed in itertools.product(args.order or [None], args.seed):
         tasks = [*data.ORDERS[order]] if order else args.tasks
-        names, model_name = [Path(task).name for task in tasks], Path(args.model).name
-        if len(set(names)) < len(names):
+        names, model = [Path(task).name for task in tasks], Path(args.model).name
+        if len({*names}) < len(names):
             fail(f"two tasks have the same name: {', '.join(names)}")
-        method = [args.tune, args.mask] + [f"replay{args.replay:g}"] * (args.replay > 0) + ["joint"] * args.joint
-        threshold = THRESHOLD["replay" if args.replay else args.tune] if args.threshold is None else args.threshold
         config = {key: value for key, value in vars(args).items() if key not in ("demo", "out", "resume")}
-        config.update(
-            order=order, tasks=tasks, seed=seed, model_name=model_name, method=" ".join(method), threshold=threshold,
-            lr=args.lr or LEARNING_RATE[args.tune], micro_batch=min(args.micro_batch or args.batch_size, args.batch_size),
-            dtype=args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"),
-            versions={"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__})
-        folder = Path(args.out, "-".join([f"order{order}" if order else "+".join(names), model_name, *method, f"s{seed}"]))
+        config |= {"order": order, "tasks": tasks, "seed": seed, "model_name": model, "method": " ".join(method), "threshold": threshold,
+                   "criterion": "magnitude" if args.mask == "migu" else args.mask,
+                   "lr": args.lr or LEARNING_RATE[args.tune], "micro_batch": min(args.micro_batch or args.batch_size, args.batch_size),
+                   "dtype": args.dtype or ("bfloat16" if "cuda" in args.device else "float32"), "versions": versions}
+        folder = Path(args.out, "-".join([f"order{order}" if order else "+".join(names), model, *method, f"s{seed}"]))
         if folder.exists() and not args.resume:
             fail(f"{folder} is in use: add --resume to go on with it, or choose another --out")
         before = read_json(folder / "config.json") if (folder / "config.json").exists() else config
-        if differ := [key for key in config if key != "versions" and config[key] != before.get(key)]:
-            fail(f"{folder} has other arguments: " + ", ".join(f"{key} {before.get(key)}, not {config[key]}" for key in differ))
+        if differ := [f"{key} {before.get(key)}, not {config[key]}" for key in config if key != "versions" and config[key] != before.get(key)]:
+            fail(f"{folder} has other arguments: {'; '.join(differ)}")
         runs.append((folder, config))
     return runs
 
 # ---- one task: the training loop
-
-def seeded(seed, index, purpose=0):
-    """A generator for a task, the same however the run came to it; torch's own is seeded with it."""
-    sequence = np.random.SeedSequence([seed, index, purpose])
+def seeded(seed, index):
+    """A generator for a task, the same however the run came to it; torch is seeded too."""
+    sequence = np.random.SeedSequence([seed, index])
     torch.manual_seed(int(sequence.generate_state(1)[0]))
     return np.random.default_rng(sequence)
-
-def new_masker(model, c):
-    return MIGU(model, c.threshold, "magnitude" if c.mask == "migu" else c.mask, c.layers)
 
 def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
     """Train on rows of (input ids, labels), with a fresh optimizer; returns (step, loss, kept) of each step."""
@@ -126,10 +117,9 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
         optimizer = torch.optim.SGD(trained, c.lr)
     else:
         optimizer = torch.optim.AdamW(trained, c.lr, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
-    masker = new_masker(model, c) if masked else None
+    masker = MIGU(model, c.threshold, c.criterion, c.layers) if masked else None
     model.train()
-    steps = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)]
-    log = []
+    steps, log = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)], []
     bar = tqdm(steps, desc=f"train {name}", unit="step")
     for step, batch in enumerate(bar, 1):
         targets = [sum(label != -100 for label in labels) for _, labels in batch]
@@ -146,65 +136,58 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
         kept = masker.mask_gradients() if masker else 1.0          # MIGU: the rows of small magnitude get no gradient
         optimizer.step()
         optimizer.zero_grad()
-
         log.append((step, total, kept))
         if step % 10 == 0 or step == len(steps):                   # reading a number waits for the GPU: not every step
             bar.set_postfix(loss=f"{float(total):.3f}")
             if not math.isfinite(total):
-                raise FloatingPointError(f"the loss is {float(total)} at step {step} of {name}: choose a lower --lr than {c.lr:g}; "
-                                         "the tasks before it are kept, and --resume goes on after them")
+                raise FloatingPointError(f"the loss is {float(total)} at step {step} of {name}: choose a lower --lr; what is finished is kept")
     if masker:
         masker.remove()
     return [(step, float(loss), float(kept)) for step, loss, kept in log]
 
 # ---- one run: the tasks in turn
-
 def prepare(folder, source, c, finished):
-    """The model as the last finished task left it, and what must be kept of its adapters: LoRA's own, which goes on being
-    trained, or the A of O-LoRA's earlier ones (layer name -> (ranks, d_in))."""
-    model = load_model(folder / "model" if finished and c.tune != "lora" else source).to(c.device)
+    """The model as it was left, and what is kept of its adapters: LoRA's own, or O-LoRA's earlier A, layer -> (ranks, d_in)."""
+    model, kept = load_model(folder / "model" if finished and c.tune != "lora" else source).to(c.device), {}
+    if c.tune in ("lora", "olora") and finished:
+        saved = read_safetensors(folder / "adapters" / f"{finished}.safetensors")
+        kept = {name: tensor.to(c.device, copy=True) for name, tensor in saved.items()}
     seeded(c.seed, 0)
     if c.tune != "full":
-        add_lora(model)
-        for name, p in model.named_parameters():                   # what is frozen is kept in the type of the arithmetic, but
-            if not p.requires_grad and name.removesuffix(".weight") not in adapters(model):    # for adapted layers: folding
-                p.data = p.data.to(getattr(torch, c.dtype))                                    # in fp32 does not drift
+        add_lora(model, dtype=getattr(torch, c.dtype))
     if c.mask != "none":
-        new_masker(model, c).remove()                              # --layers must select something before hours go by
-    kept = read_safetensors(folder / "adapters" / f"{finished}.safetensors") if finished and c.tune in ("lora", "olora") else {}
-    kept = {name: tensor.to(c.device, copy=True) for name, tensor in kept.items()}
+        MIGU(model, c.threshold, c.criterion, c.layers).remove()   # --layers must select something before hours go by
     if c.tune == "lora":
         model.load_state_dict(kept, strict=False)
-    elif c.tune != "full":
-        merge_lora(model)                                          # B is zero: back to the plain model
+    else:
+        merge_lora(model)                                          # B is zero: the plain model
     return model, kept
 
-def learn(model, kept, c, tasks, tokenizer, stage, index):
-    """One stage: the task's rows with what is replayed (--joint: all tasks' rows), an adapter if it is to be new, training.
-    Returns what is kept of the adapters, the stage's speeds and the log."""
-    rows_of = lambda task: [tokenizer.training_row(example) for example in task.train]
-    name, rows, started = "all tasks" if c.joint else tasks[index].name, rows_of(tasks[index]), time.perf_counter()
-    for j in range(index if c.joint or c.replay else 0):
-        past = rows_of(tasks[j])
-        order = seeded(c.seed, j, purpose=1).permutation(len(past))            # the same records for every later task
-        rows += past if c.joint else [past[i] for i in order[:int(len(past) * c.replay)]]
+def learn(model, kept, c, tasks, tokenizer, stage):
+    """Train on a task and what is replayed of earlier ones (--joint: on all). Returns what is kept of adapters, log, speeds."""
+    now, started, rng = tasks if c.joint else [tasks[stage]], time.perf_counter(), seeded(c.seed, stage)
+    name, examples = "+".join(task.name for task in now), [example for task in now for example in task.train]
+    for j, past in enumerate(tasks[:stage]):
+        order = np.random.default_rng([c.seed, j]).permutation(len(past.train))            # the same for every later task
+        examples += [past.train[i] for i in order[:int(len(order) * c.replay)]]
+    rows = [tokenizer.training_row(example) for example in examples]
     epochs = c.epochs or (2 if (c.order, name) in data.TWO_EPOCHS else 1)
-    rng = seeded(c.seed, stage)
-    if c.tune in ("inclora", "olora"):
-        add_lora(model)
     masked = c.mask != "none" and (stage > 0 or c.mask_first)
+    if c.tune in ("inclora", "olora"):                             # a new adapter, folded in when it is trained
+        add_lora(model, dtype=getattr(torch, c.dtype))
     log = train_task(model, rows, c, masked, rng, name, epochs, kept if c.tune == "olora" else {})
     if c.tune == "lora":
         kept = {key: p.detach() for key, p in model.named_parameters() if ".lora_" in key}
-    if c.tune == "olora":
-        kept = {key: torch.cat([*([kept[key]] if key in kept else []), adapter.lora_A.weight.detach()])
-                for key, adapter in adapters(model).items()}
+    elif c.tune == "olora":
+        new = {key: layer.lora_A.weight.detach() for key, layer in adapted(model).items()}
+        kept = {key: torch.cat([kept[key], new[key]]) if kept else new[key] for key in new}
     if c.tune in ("inclora", "olora"):
         merge_lora(model)
-    seconds, tokens = time.perf_counter() - started, sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
+    seconds, count = time.perf_counter() - started, epochs * len(rows)
+    tokens = epochs * sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
     memory = torch.cuda.max_memory_allocated() if "cuda" in c.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return kept, {"task": name, "train_seconds": seconds, "train_examples_per_second": epochs * len(rows) / seconds,
-                  "train_tokens_per_second": epochs * tokens / seconds, "peak_memory_gb": memory / 1e9}, [(name, *entry) for entry in log]
+    return kept, log, {"task": name, "train_seconds": seconds, "train_examples_per_second": count / seconds,
+                       "train_tokens_per_second": tokens / seconds, "peak_memory_gb": memory / 1e9}
 
 def write_csv(path, rows):
     lines = []
@@ -212,77 +195,76 @@ def write_csv(path, rows):
     write_file(path, lines)
 
 def run(folder, config, source, tasks, tokenizer):
-    """Train on each task, save, test as --eval says. The weights' file also tells what is finished, so that one rename saves
-    both; --resume goes on from there, testing the last finished task again."""
-    c, names, weights = SimpleNamespace(**config), [task.name for task in tasks], folder / "model" / "model.safetensors"
+    """Train on each task, save, test as --eval says. The weights' file also tells what is finished: one rename saves both."""
+    c, names, results = SimpleNamespace(**config), [task.name for task in tasks], folder / "results.json"
     state = {"stages": [], "matrix": [[None] * len(tasks) for _ in tasks], "log": []}
-    if weights.exists():
-        state = json.loads(open_safetensors(weights)[1]["migu"])
-    finished, todo, results = len(state["stages"]), [len(tasks) - 1] if c.joint else range(len(tasks)), folder / "results.json"
-    if finished == len(todo) and results.exists() and len(read_json(results)["stages"]) == finished:
+    if (weights := folder / "model" / "model.safetensors").exists():
+        read_safetensors(weights, metadata := {})
+        state = json.loads(metadata["migu"])
+    finished, stages = len(state["stages"]), 1 if c.joint else len(tasks)
+    if finished == stages and results.exists() and len(read_json(results)["stages"]) == stages:
         return print("nothing left to do")
     with explained(ValueError, OSError):
         model, kept = prepare(folder, source, c, finished)
     write_file(folder / "config.json", [json.dumps(config, indent=1)])
-    for stage, index in [*enumerate(todo)][max(finished - 1, 0):]:
+    for stage in range(max(finished - 1, 0), stages):
         if stage >= finished:                                      # else it is trained, and maybe not tested
-            kept, speeds, log = learn(model, kept, c, tasks, tokenizer, stage, index)
+            kept, log, speeds = learn(model, kept, c, tasks, tokenizer, stage)
             state["stages"].append(speeds)
-            state["log"] += log
+            state["log"] += [(speeds["task"], *entry) for entry in log]
             write_csv(folder / "log.csv", [("task", "step", "loss", "kept"), *state["log"]])
             if kept:
                 write_safetensors(folder / "adapters" / f"{stage + 1}.safetensors", kept)
             save_model(model, folder / "model", {"migu": json.dumps(state)}, plain_weights(model))
-        speeds, tests = state["stages"][stage], 0
+        speeds, tested, last = state["stages"][stage], 0, len(tasks) - 1 if c.joint else stage
         speeds["test_seconds"] = 0.0
-        for j in range(index + 1) if c.eval == "all" or index == len(tasks) - 1 else ():
-            accuracy, predictions, seconds = evaluation.evaluate(model, tokenizer, tasks[j].test, getattr(torch, c.dtype), name=names[j])
+        for j in range(last + 1) if c.eval == "all" or stage == stages - 1 else ():
+            state["matrix"][last][j], predictions, seconds = evaluate(model, tokenizer, tasks[j].test, getattr(torch, c.dtype), name=names[j])
             lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
-            write_file(folder / "predictions" / f"{index + 1}-{names[index]}" / f"{names[j]}.jsonl", lines)
-            state["matrix"][index][j], tests = accuracy, tests + len(predictions)
-            speeds["test_seconds"] += seconds
-            speeds["test_examples_per_second"] = tests / speeds["test_seconds"]
+            write_file(folder / "predictions" / f"{last + 1}-{names[last]}" / f"{names[j]}.jsonl", lines)
+            tested, speeds["test_seconds"] = tested + len(predictions), speeds["test_seconds"] + seconds
+            speeds["test_examples_per_second"] = tested / speeds["test_seconds"]
         matrix = np.array(state["matrix"], float)
         measures = {name: getattr(evaluation, name)(matrix) for name in evaluation.MEASURES}
+        measures = {name: None if np.isnan(value) else value for name, value in measures.items()}          # JSON has no NaN
         write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
         write_file(results, [json.dumps({
-            "tasks": names, "matrix": state["matrix"], **{name: None if np.isnan(x) else x for name, x in measures.items()},
+            "tasks": names, "matrix": state["matrix"], **measures, "stages": state["stages"],
             "seconds": sum(s["train_seconds"] + s["test_seconds"] for s in state["stages"]),
-            "peak_memory_gb": max(s["peak_memory_gb"] for s in state["stages"]), "stages": state["stages"]}, indent=1)])
+            "peak_memory_gb": max(s["peak_memory_gb"] for s in state["stages"])}, indent=1)])
         print(", ".join(f"{key.replace('_', ' ')} {x if key == 'task' else format(x, '.4g')}" for key, x in speeds.items()))
         print(evaluation.matrix_table(names, matrix), flush=True)
 
 def demo(args):
     """Plain tuning beside MIGU on made-up tasks: the commands a user would type, on a tiny T5 made here."""
     root = Path(args.out) / "demo"
-    if root.exists() and not (root / "untrained").exists():
-        fail(f"{root} is in use: choose another --out")
-    shutil.rmtree(root, ignore_errors=True)
-    known, fresh = [str(root / "known" / f"words{i}") for i in range(12)], [str(root / "new" / name) for name in ("alpha", "beta", "gamma", "delta")]
+    if root.exists():
+        fail(f"{root} is in use: remove it, or choose another --out")
+    known, new = [f"{root}/known/words{i}" for i in range(12)], [f"{root}/new/{name}" for name in ("alpha", "beta", "gamma", "delta")]
     data.make_demo(known, sizes=(200, 25), seed=1)
-    data.make_demo(fresh, sizes=(400, 100), seed=2)
-    known_tasks, fresh_tasks = ([data.load_task("", folder) for folder in folders] for folders in (known, fresh))
-    texts = [text for task in known_tasks + fresh_tasks for example in task.train for text in example]
+    data.make_demo(new, sizes=(400, 100), seed=2)
+    tasks = [data.load_task("", folder) for folder in known + new]
     seeded(0, 0)
     model = T5(data.DEMO_T5)
+    texts = [text for task in tasks for example in task.train for text in example]
     model.files["spiece.model"] = data.train_vocabulary(texts, data.DEMO_T5["vocab_size"])
     save_model(model, root / "untrained")
-
-    def train(title, tasks, model, *more):
-        command = ["--tasks", *tasks, "--model", str(model), "--batch-size", "32", "--device", "cpu", "--out", str(root), *more]
-        print(f"\n{title}\n$ python train.py {' '.join(command)}", flush=True)
+    learned, rows = root / "untrained", [["", "average accuracy", "backward transfer", "accuracy on the 12 known tasks"]]
+    for title, names, settings in (
+            ("A tiny T5 learns 12 tasks at once", known, "--joint --mask none --lr 1e-3 --epochs 6"),
+            ("Plainly, it learns four more, one after another", new, "--mask none --lr 5e-4 --epochs 5 --eval all"),
+            ("With MIGU, it learns the same four", new, "--mask migu --lr 5e-4 --epochs 5 --eval all")):
+        command = ["--tasks", *names, "--model", str(learned), *settings.split(), "--batch-size", "32", "--seed", str(args.seed[0]),
+                   "--device", "cpu", "--out", str(root)]
+        print(f"\n{title}.\n$ python train.py {' '.join(command)}", flush=True)
         (folder, results), = main(command)
-        skill, _, _ = evaluation.evaluate(load_model(folder / "model"), data.load_tokenizer(model), [e for task in known_tasks for e in task.test])
-        return folder / "model", [results["average_accuracy"], results["backward_transfer"], skill]
-
-    pretrained, (_, _, skill) = train("A tiny T5 learns 12 known tasks, all at once.", known, root / "untrained", "--joint", "--mask", "none",
-                                      "--lr", "1e-3", "--epochs", "6")
-    after = [train(f"It goes on to learn four new tasks, one after another, {how}.", fresh, pretrained, "--mask", mask, "--lr", "5e-4",
-                   "--epochs", "5", "--eval", "all", "--seed", str(args.seed[0]))[1] for how, mask in (("plainly", "none"), ("with MIGU", "migu"))]
-    rows = [[name, *map(evaluation.cell, values)] for name, values in (("before", [None, None, skill]), ("plain", after[0]), ("MIGU", after[1]))]
-    print("\n" + evaluation.table([["", "average accuracy", "backward transfer", "accuracy on the known tasks"], *rows]))
-    print("\nMIGU against plain tuning, seed {}: average accuracy {:+.1f}, backward transfer {:+.1f}, known tasks {:+.1f} points."
-          .format(args.seed[0], *(b - a for a, b in zip(*after))))
+        known_tests = [example for task in tasks[:12] for example in task.test]
+        skill, _, _ = evaluate(load_model(folder / "model"), data.load_tokenizer(learned), known_tests)
+        rows.append([title.split(",")[0], *map(evaluation.cell, (results["average_accuracy"], results["backward_transfer"], skill))])
+        learned = shutil.copytree(folder / "model", root / "tiny-t5") if names is known else learned
+    gains = [float(migu) - float(plain) for plain, migu in zip(rows[2][1:], rows[3][1:])]
+    print("\n" + evaluation.table(rows) + "\n\nMIGU against plain tuning, seed {}: average accuracy {:+.1f}, backward transfer {:+.1f}, "
+          "known tasks {:+.1f} points.".format(args.seed[0], *gains))
 
 def main(argv=None):
     args = parse_args(argv)
@@ -290,11 +272,11 @@ def main(argv=None):
         return demo(args)
     with explained(ValueError, OSError):
         runs = plan(args)
-        names = {name for _, config in runs for name in config["tasks"]}
-        files = [data.task_folder(args.data, name) / f"{part}.json" for name in names & data.GROUP_OF.keys() for part in ("train", "test", "labels")]
-        if not all(file.exists() for file in files):
+        needed = {name for _, config in runs for name in config["tasks"]}
+        folders = [data.task_folder(args.data, name) for name in needed & data.GROUP_OF.keys()]
+        if not all((folder / f"{part}.json").exists() for folder in folders for part in ("train", "test", "labels")):
             download.fetch_data(args.data)
-        tasks = {name: data.load_task(args.data, name, args.limit) for name in sorted(names)}
+        tasks = {name: data.load_task(args.data, name, args.limit) for name in sorted(needed)}
         source = Path(args.model) if Path(args.model).is_dir() else download.model_folder(args.model)
         if not (source / "config.json").exists():
             download.fetch_model(args.model)
