@@ -135,6 +135,7 @@ def make_demo(folders, sizes, seed, topics=4, words=8):
 def train_vocabulary(texts, size):
     """A sentencepiece vocabulary in T5's form (pad 0, end 1, unknown 2): its file's bytes."""
     file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, vocab_size=size, minloglevel=2,
-                                             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=file, vocab_size=size, hard_vocab_limit=False, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
     return file.getvalue()

@@ -51,7 +51,7 @@ def backward_transfer(matrix):
     return float((matrix[-1] - matrix.diagonal())[:-1].mean()) if len(matrix) > 1 else np.nan
 
 def forgetting(matrix):
-    """1/(T-1) sum_{t<T} max_{k<T} a(k, t) - a(T, t) (Chaudhry et al. 2018), the max over what was measured; NaN for a single task."""
+    """1/(T-1) sum_{t<T} max_{k<T} a(k, t) - a(T, t) (Chaudhry et al. 2018), max: of those measured; NaN for one task."""
     return float((np.fmax.reduce(matrix[:-1], 0, initial=np.nan) - matrix[-1])[:-1].mean()) if len(matrix) > 1 else np.nan
 
 def table(rows):
