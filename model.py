@@ -36,6 +36,8 @@ class Attention(nn.Module):
         inner, kv_inner = heads * head_dim, kv_heads * head_dim    # need not be the width
         for name, shape in zip(names, ((width, inner), (width, kv_inner), (width, kv_inner), (inner, width))):
             self.add_module(name, nn.Linear(*shape, bias=bias))
+        if scale:                                                  # T5 does not divide by sqrt(D): what q starts from does
+            nn.init.normal_(self.get_submodule(names[0]).weight, std=(width * head_dim) ** -0.5)
     def forward(self, x, rows, bias, cache=None, rope=None, memory=None, memory_rows=None):
         """x (tokens, d) attends to itself, or to memory (memory tokens, d); bias broadcasts to (B, H, S, keys)."""
         q, k, v, o = (self.get_submodule(name) for name in self.names)
@@ -132,7 +134,7 @@ class T5Stack(nn.Module):
         super().__init__()
         self.c, self.decoder, self.block = c, decoder, nn.ModuleList()
         for _ in range(layers):
-            parts = {name: Attention("qkvo", c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
+            parts = {name: Attention(("q", "k", "v", "o"), c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
                      for name in ("SelfAttention", "EncDecAttention")[:1 + decoder]}
             names, act = T5_FEED_FORWARD[c.feed_forward_proj]
             parts["DenseReluDense"] = FeedForward(names, c.d_model, c.d_ff, act, c.dropout_rate)

@@ -17,7 +17,6 @@ from tqdm import tqdm
 import data
 import download
 import eval as evaluation
-from eval import evaluate
 from migu import CRITERIA, MIGU, NOT_THE_HEAD, adapted, add_lora, merge_lora, orthogonality_penalty, plain_weights
 from model import T5, load_model, read_json, read_safetensors, save_model, write_file, write_safetensors
 
@@ -113,10 +112,8 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
     """Train on rows of (input ids, labels), with a fresh optimizer; returns (step, loss, kept) of each step."""
     device, dtype = model.lm_head.weight.device, getattr(torch, c.dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if c.optimizer == "sgd":
-        optimizer = torch.optim.SGD(trained, c.lr)
-    else:
-        optimizer = torch.optim.AdamW(trained, c.lr, weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
+    adamw = dict(weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.SGD(trained, c.lr) if c.optimizer == "sgd" else torch.optim.AdamW(trained, c.lr, **adamw)
     masker = MIGU(model, c.threshold, c.criterion, c.layers) if masked else None
     model.train()
     steps, log = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)], []
@@ -216,17 +213,17 @@ def run(folder, config, source, tasks, tokenizer):
             if kept:
                 write_safetensors(folder / "adapters" / f"{stage + 1}.safetensors", kept)
             save_model(model, folder / "model", {"migu": json.dumps(state)}, plain_weights(model))
-        speeds, tested, last = state["stages"][stage], 0, len(tasks) - 1 if c.joint else stage
-        speeds["test_seconds"] = 0.0
+        speeds, tested, last = state["stages"][stage] | {"test_seconds": 0.0}, 0, len(tasks) - 1 if c.joint else stage
         for j in range(last + 1) if c.eval == "all" or stage == stages - 1 else ():
-            state["matrix"][last][j], predictions, seconds = evaluate(model, tokenizer, tasks[j].test, getattr(torch, c.dtype), name=names[j])
+            state["matrix"][last][j], predictions, seconds = evaluation.evaluate(
+                model, tokenizer, tasks[j].test, getattr(torch, c.dtype), name=names[j])
             lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
             write_file(folder / "predictions" / f"{last + 1}-{names[last]}" / f"{names[j]}.jsonl", lines)
             tested, speeds["test_seconds"] = tested + len(predictions), speeds["test_seconds"] + seconds
             speeds["test_examples_per_second"] = tested / speeds["test_seconds"]
+        state["stages"][stage] = speeds
         matrix = np.array(state["matrix"], float)
-        measures = {name: getattr(evaluation, name)(matrix) for name in evaluation.MEASURES}
-        measures = {name: None if np.isnan(value) else value for name, value in measures.items()}          # JSON has no NaN
+        measures = {name: None if np.isnan(x := getattr(evaluation, name)(matrix)) else x for name in evaluation.MEASURES}
         write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
         write_file(results, [json.dumps({
             "tasks": names, "matrix": state["matrix"], **measures, "stages": state["stages"],
@@ -259,7 +256,7 @@ def demo(args):
         print(f"\n{title}.\n$ python train.py {' '.join(command)}", flush=True)
         (folder, results), = main(command)
         known_tests = [example for task in tasks[:12] for example in task.test]
-        skill, _, _ = evaluate(load_model(folder / "model"), data.load_tokenizer(learned), known_tests)
+        skill, _, _ = evaluation.evaluate(load_model(folder / "model"), data.load_tokenizer(learned), known_tests)
         rows.append([title.split(",")[0], *map(evaluation.cell, (results["average_accuracy"], results["backward_transfer"], skill))])
         learned = shutil.copytree(folder / "model", root / "tiny-t5") if names is known else learned
     gains = [float(migu) - float(plain) for plain, migu in zip(rows[2][1:], rows[3][1:])]
