@@ -107,7 +107,7 @@ def plot(folders, file):
     for key, seeds in sorted(read_runs(folders).items()):
         matrix = np.mean([np.array(results["matrix"], float) for results in seeds], 0)
         means = [row[:i].mean() for i, row in enumerate(matrix, 1)]
-        axes.plot(range(1, len(means) + 1), means, marker="o", label="{} {}, {}".format(*key))
+        axes.plot([str(i + 1) for i in range(len(means))], means, marker="o", label="{} {}, {}".format(*key))
     axes.set(xlabel="tasks learned", ylabel="mean accuracy on them, %", ylim=(0, 102))
     axes.legend()
     axes.figure.savefig(file, dpi=150)
