@@ -1,7 +1,6 @@
 """The benchmark: 15 text classification tasks posed as text to text; their orders, prompts, tokens and batches.
 
-A task is a folder <group>/<name>/ with train.json and test.json, lists of {"sentence", "label"}, and labels.json, the list
-of labels (the form of O-LoRA's CL_Benchmark, which the paper uses). The group names the instruction.
+A task is a folder <group>/<name>/ with train.json, test.json: [{"sentence", "label"}, ...], and labels.json: [label, ...].
 """
 import io, json
 from collections import namedtuple
@@ -113,7 +112,7 @@ def batches(rows, size, rng):
 DEMO_LABELS = ("music sport food travel health money science history nature fashion weather cinema gardens animals crafts "
                "law trains games painting theatre").split()
 DEMO_T5 = dict(vocab_size=600, d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
-               layer_norm_epsilon=1e-6, relative_attention_num_buckets=32)
+               layer_norm_epsilon=1e-6, relative_attention_num_buckets=32, decoder_start_token_id=0)
 
 def make_demo(folders, sizes, seed, topics=4, words=8):
     """Write a task into each folder: a text has 3 words of its label's and 2 that say nothing; sizes: of train and test."""

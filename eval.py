@@ -82,7 +82,7 @@ def row(label, seeds, model, method, columns):
     unmasked = re.sub(r" \w+", " none", method, count=1)
     ours, plain = ([seeds.get((model, m, column), np.array([np.nan])) for column in columns] for m in (method, unmasked))
     mean, baseline = np.mean([x.mean() for x in ours]), np.mean([x.mean() for x in plain])
-    cells = [cell(x.mean()) + (f" ± {x.std(ddof=1):.1f} ({len(x)} seeds)" if len(x) > 1 else "") for x in ours]
+    cells = [cell(x.mean()) + (f" ± {x.std(ddof=1):.1f} ({len(x)} seeds)" if len(x) > 1 and np.isfinite(x.mean()) else "") for x in ours]
     return [label, *cells, cell(mean), "" if method == unmasked or np.isnan(mean - baseline) else f"{mean - baseline:+.1f}"]
 
 def compare(folders):
@@ -95,7 +95,7 @@ def compare(folders):
         rows = [[measure.replace("_", " "), *columns, "mean", "gain over no mask"]]
         for model, method in methods:
             rows.append(row(f"{model} {method}", seeds, model, method, columns))
-            if model == "t5-large" and measure == "average_accuracy":
+            if model.split()[-1] == "t5-large" and measure == "average_accuracy":
                 rows.append(row("  in the paper", paper, "paper", method, columns))
         tables.append(table(rows))
     return "\n\n".join(tables)
@@ -121,7 +121,7 @@ def main():
         print(compare(args.runs))
         if args.plot:
             plot(args.runs, args.plot)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
 
 if __name__ == "__main__":

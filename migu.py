@@ -121,7 +121,7 @@ def orthogonality_penalty(model, earlier, l1_weight=0.5, l2_weight=0.0):
     """O-LoRA's l1 * sum |A_old A_new^T| + l2 * (||A_new|| + ||B_new||); earlier: layer name -> (earlier ranks, d_in)."""
     penalty = 0.0
     for name, layer in adapted(model).items():
-        penalty = penalty + l1_weight * (earlier[name] @ layer.lora_A.weight.T).abs().sum()
+        penalty = penalty + l1_weight * (earlier.get(name, layer.lora_A.weight[:0]) @ layer.lora_A.weight.T).abs().sum()
         if l2_weight:
             penalty = penalty + l2_weight * (layer.lora_A.weight.norm() + layer.lora_B.weight.norm())
     return penalty

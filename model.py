@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config, defaults):
         super().__init__()
         self.config, self.files = config, {}                       # config.json and the tokenizer's files, to be saved again
-        self.c = SimpleNamespace(**{**defaults, **config})
+        self.c = SimpleNamespace(**{**defaults, **{key: value for key, value in config.items() if value is not None}})
         self.eos = self.c.eos_token_id if isinstance(self.c.eos_token_id, list) else [self.c.eos_token_id]
         self.pad = self.eos[0] if self.c.pad_token_id is None else self.c.pad_token_id
     def forward(self, input_ids, attention_mask, labels=None):
@@ -365,8 +365,7 @@ def read_weights(path):
 
 def load_model(path, dtype=torch.float32):
     """A T5 or Llama from a Hugging Face folder (config.json, *.safetensors). ValueError or OSError names the fault."""
-    path = Path(path)
-    config = read_json(path / "config.json")
+    path, config = Path(path), read_json(Path(path) / "config.json")
     kind = str(config.get("model_type"))
     check(kind in CLASSES, f"{path}: model_type {kind} is not supported: only {' and '.join(CLASSES)}")
     tensors = {name: tensor for name, tensor in read_weights(path).items() if not re.fullmatch(HARMLESS, name)}

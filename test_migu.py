@@ -324,6 +324,7 @@ def test_the_orthogonality_penalty_is_the_hand_computed_one():
     # A_old A_new^T = [[-1, 4], [2, 0], [2, -4]]: the absolute values add up to 13; ||A|| = sqrt(21), ||B|| = 5
     assert orthogonality_penalty(model, earlier).item() == 6.5
     assert orthogonality_penalty(model, earlier, 1.0, 2.0).item() == pytest.approx(13 + 2 * (math.sqrt(21) + 5))
+    assert orthogonality_penalty(model, {}, 1.0, 2.0).item() == pytest.approx(2 * (math.sqrt(21) + 5))         # the first task
     orthogonality_penalty(model, earlier, 1.0).backward()
     # the derivative by A_new: sign(A_new A_old^T) A_old
     assert layer.lora_A.weight.grad.tolist() == [[-1 + 2, -1 - 1], [1, 1 + 1]] and layer.lora_B.weight.grad is None
@@ -843,9 +844,9 @@ def test_micro_batches_change_neither_gradient_nor_mask(world):
                 module.p = 0.0
             if hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.0
-        config = types.SimpleNamespace(seed=0, dtype="float32", optimizer="sgd", lr=0.1, criterion="magnitude", batch_size=24, micro_batch=micro,
+        config = types.SimpleNamespace(seed=0, tune="full", dtype="float32", optimizer="sgd", lr=0.1, criterion="magnitude", batch_size=24, micro_batch=micro,
                       threshold=0.7, layers=".")
-        log = train.train_task(model, rows, config, True, train.seeded(0, 0), "one", 1)
+        log = train.train_task(model, rows, config, True, train.seeded(0, 0), "one", 1, {})
         results.append((model, log))
     (one, log), (two, log_two) = results
     assert log[0][1] == pytest.approx(log_two[0][1], rel=1e-6) and log[0][2] == log_two[0][2]
@@ -1020,6 +1021,36 @@ def test_a_user_s_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_pa
         train.main(arguments)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_broken_runs_and_models_are_one_line_too(world, tmp_path, capsys):
+    def message(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*arguments])
+        return (capsys.readouterr().err.splitlines() or [""])[-1] if stop.value.code == 2 else "another exit code"
+
+    train.main(command(world, tmp_path / "a"))
+    weights = run_folder(tmp_path / "a") / "model" / "model.safetensors"
+    save_model(load_model(weights.parent), weights.parent)
+    assert "was not written by a run" in message(*command(world, tmp_path / "a", "--resume"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors: not a safetensors file" in message(*command(world, tmp_path / "a", "--resume"))
+    (tmp_path / "mixed").mkdir()
+    for file in (world / "t5").iterdir():
+        (tmp_path / "mixed" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "mixed" / "spiece.model").rename(tmp_path / "mixed" / "tokenizer.model")
+    own = ["--tasks", str(world / "tasks" / "one"), "--device", "cpu", "--out", str(tmp_path / "b")]
+    assert "tokenizer does not fit" in message(*own, "--model", str(tmp_path / "mixed"))
+    assert "holds neither spiece.model" in message(*own, "--model", str(tmp_path / "no" / "model"))
+    (tmp_path / "file").write_text("")
+    assert "file" in message("--demo", "--out", str(tmp_path / "file"))
+
+
+def test_an_update_that_destroys_the_weights_is_not_kept(world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(world, tmp_path, "--lr", "1e38", "--optimizer", "sgd", "--limit", "8", "--epochs", "1"))
+    assert stop.value.code == 2 and "weights not finite at step 1 of one" in capsys.readouterr().err
+    assert not (run_folder(tmp_path) / "model").exists()
 
 
 def test_data_is_checked_before_any_model_is_loaded(world, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ import data
 import download
 import eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD, adapted, add_lora, merge_lora, orthogonality_penalty, plain_weights
-from model import T5, load_model, read_json, read_safetensors, save_model, write_file, write_safetensors
+from model import T5, check, load_model, read_json, read_safetensors, save_model, write_file, write_safetensors
 
 LEARNING_RATE = {"full": 1e-4, "lora": 1e-3, "inclora": 1e-3, "olora": 1e-3}               # the paper's
 THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05, "replay": 0.4}
@@ -40,7 +40,7 @@ def explained(*errors):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
-    add("--demo", action="store_true", help="plain tuning beside MIGU, on made-up tasks and a tiny T5")
+    add("--demo", action="store_true", help="plain tuning beside MIGU, on made-up tasks and a tiny T5 (heeds --seed and --out)")
     add("--order", type=int, nargs="+", choices=data.ORDERS, help="orders of the benchmark's tasks")
     add("--tasks", nargs="+", metavar="TASK", help="instead: task folders of your own, or names of the benchmark's tasks")
     add("--model", default="t5-large", help=f"a folder, {', '.join(download.MODELS)}, or a hub repository (default %(default)s)")
@@ -108,7 +108,7 @@ def seeded(seed, index):
     torch.manual_seed(int(sequence.generate_state(1)[0]))
     return np.random.default_rng(sequence)
 
-def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
+def train_task(model, rows, c, masked, rng, name, epochs, earlier):
     """Train on rows of (input ids, labels), with a fresh optimizer; returns (step, loss, kept) of each step."""
     device, dtype = model.lm_head.weight.device, getattr(torch, c.dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -128,7 +128,7 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
                 loss = model.loss(**data.collate(*zip(*batch[part]))) * share
             loss.backward()
             total = total + loss.detach()
-        if earlier:
+        if c.tune == "olora":
             orthogonality_penalty(model, earlier, c.l1, c.l2).backward()
         kept = masker.mask_gradients() if masker else 1.0          # MIGU: the rows of small magnitude get no gradient
         optimizer.step()
@@ -136,8 +136,8 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier=None):
         log.append((step, total, kept))
         if step % 10 == 0 or step == len(steps):                   # reading a number waits for the GPU: not every step
             bar.set_postfix(loss=f"{float(total):.3f}")
-            if not math.isfinite(total):
-                raise FloatingPointError(f"the loss is {float(total)} at step {step} of {name}: choose a lower --lr; what is finished is kept")
+            if not math.isfinite(total + sum(p.detach().sum() for p in trained)):
+                raise FloatingPointError(f"loss or weights not finite at step {step} of {name}: lower --lr; what is finished is kept")
     if masker:
         masker.remove()
     return [(step, float(loss), float(kept)) for step, loss, kept in log]
@@ -147,8 +147,8 @@ def prepare(folder, source, c, finished):
     """The model as it was left, and what is kept of its adapters: LoRA's own, or O-LoRA's earlier A, layer -> (ranks, d_in)."""
     model, kept = load_model(folder / "model" if finished and c.tune != "lora" else source).to(c.device), {}
     if c.tune in ("lora", "olora") and finished:
-        saved = read_safetensors(folder / "adapters" / f"{finished}.safetensors")
-        kept = {name: tensor.to(c.device, copy=True) for name, tensor in saved.items()}
+        kept = read_safetensors(folder / "adapters" / f"{finished}.safetensors")
+        kept = {name: tensor.to(c.device, copy=True) for name, tensor in kept.items()}
     seeded(c.seed, 0)
     if c.tune != "full":
         add_lora(model, dtype=getattr(torch, c.dtype))
@@ -182,27 +182,29 @@ def learn(model, kept, c, tasks, tokenizer, stage):
         merge_lora(model)
     seconds, count = time.perf_counter() - started, epochs * len(rows)
     tokens = epochs * sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
-    memory = torch.cuda.max_memory_allocated() if "cuda" in c.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated(c.device) if "cuda" in c.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return kept, log, {"task": name, "train_seconds": seconds, "train_examples_per_second": count / seconds,
                        "train_tokens_per_second": tokens / seconds, "peak_memory_gb": memory / 1e9}
 
 def write_csv(path, rows):
-    lines = []
-    csv.writer(SimpleNamespace(write=lines.append), lineterminator="\n").writerows(rows)
+    csv.writer(SimpleNamespace(write=(lines := []).append), lineterminator="\n").writerows(rows)
     write_file(path, lines)
 
 def run(folder, config, source, tasks, tokenizer):
     """Train on each task, save, test as --eval says. The weights' file also tells what is finished: one rename saves both."""
     c, names, results = SimpleNamespace(**config), [task.name for task in tasks], folder / "results.json"
     state = {"stages": [], "matrix": [[None] * len(tasks) for _ in tasks], "log": []}
-    if (weights := folder / "model" / "model.safetensors").exists():
-        read_safetensors(weights, metadata := {})
-        state = json.loads(metadata["migu"])
-    finished, stages = len(state["stages"]), 1 if c.joint else len(tasks)
-    if finished == stages and results.exists() and len(read_json(results)["stages"]) == stages:
-        return print("nothing left to do")
     with explained(ValueError, OSError):
+        if (weights := folder / "model" / "model.safetensors").exists():
+            read_safetensors(weights, metadata := {})
+            check("migu" in metadata, f"{weights} was not written by a run: move {folder} away, or choose another --out")
+            state = json.loads(metadata["migu"])
+        finished, stages = len(state["stages"]), 1 if c.joint else len(tasks)
+        if finished == stages and results.exists() and len(read_json(results).get("stages", ())) == stages:
+            return print("nothing left to do")
         model, kept = prepare(folder, source, c, finished)
+        fits = len(tokenizer.pieces) <= model.c.vocab_size and tokenizer.decoder_only != isinstance(model, T5)
+        check(fits, f"{source}: the tokenizer does not fit the model")
     write_file(folder / "config.json", [json.dumps(config, indent=1)])
     for stage in range(max(finished - 1, 0), stages):
         if stage >= finished:                                      # else it is trained, and maybe not tested
@@ -226,9 +228,8 @@ def run(folder, config, source, tasks, tokenizer):
         measures = {name: None if np.isnan(x := getattr(evaluation, name)(matrix)) else x for name in evaluation.MEASURES}
         write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
         write_file(results, [json.dumps({
-            "tasks": names, "matrix": state["matrix"], **measures, "stages": state["stages"],
-            "seconds": sum(s["train_seconds"] + s["test_seconds"] for s in state["stages"]),
-            "peak_memory_gb": max(s["peak_memory_gb"] for s in state["stages"])}, indent=1)])
+            "tasks": names, "matrix": state["matrix"], **measures, "stages": state["stages"], "peak_memory_gb": speeds["peak_memory_gb"],
+            "seconds": sum(s["train_seconds"] + s["test_seconds"] for s in state["stages"])}, indent=1)])
         print(", ".join(f"{key.replace('_', ' ')} {x if key == 'task' else format(x, '.4g')}" for key, x in speeds.items()))
         print(evaluation.matrix_table(names, matrix), flush=True)
 
@@ -266,7 +267,8 @@ def demo(args):
 def main(argv=None):
     args = parse_args(argv)
     if args.demo:
-        return demo(args)
+        with explained(OSError):
+            return demo(args)
     with explained(ValueError, OSError):
         runs = plan(args)
         needed = {name for _, config in runs for name in config["tasks"]}
@@ -274,8 +276,8 @@ def main(argv=None):
         if not all((folder / f"{part}.json").exists() for folder in folders for part in ("train", "test", "labels")):
             download.fetch_data(args.data)
         tasks = {name: data.load_task(args.data, name, args.limit) for name in sorted(needed)}
-        source = Path(args.model) if Path(args.model).is_dir() else download.model_folder(args.model)
-        if not (source / "config.json").exists():
+        source = Path(args.model) if args.model[:1] in "./~" or Path(args.model).exists() else download.model_folder(args.model)
+        if source != Path(args.model) and not (source / "config.json").exists():
             download.fetch_model(args.model)
         tokenizer = data.load_tokenizer(source)
     for folder, config in runs:
