@@ -2,15 +2,14 @@
 
 A task is a folder <group>/<name>/ with train.json, test.json: [{"sentence", "label"}, ...], and labels.json: [label, ...].
 """
-import io, json
-from collections import namedtuple
+import collections, io, json
 from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
 
-Example = namedtuple("Example", "prompt answer")
-Task = namedtuple("Task", "name train test labels")                # train, test: lists of Example
+Example = collections.namedtuple("Example", "prompt answer")
+Task = collections.namedtuple("Task", "name train test labels")    # train, test: lists of Example
 
 ORDERS = {1: "dbpedia amazon yahoo agnews", 2: "dbpedia amazon agnews yahoo", 3: "yahoo amazon agnews dbpedia",
           4: "MNLI CB WiC COPA QQP BoolQA RTE IMDB yelp amazon SST-2 dbpedia agnews MultiRC yahoo",
@@ -35,10 +34,8 @@ def prompt(group, name, labels, sentence):
     """The text a model reads, joined, not formatted: sentences may contain braces. COPA's sentences ask for themselves."""
     question = f"{INSTRUCTIONS.get(group, GENERAL)} Choose one from the option.\nOption: {', '.join(labels)} \n"
     return f"Task:{group}\nDataset:{name}\n" + ("" if group == "COPA" else question) + sentence + "\nAnswer:"
-
 def task_folder(root, name):
     return Path(root) / GROUP_OF[name] / name if name in GROUP_OF else Path(name)          # else a folder of your own
-
 def read_list(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +44,6 @@ def read_list(path):
     if not isinstance(value, list) or not value:
         raise ValueError(f"{path}: not a list, or empty")
     return value
-
 def load_task(root, name, limit=None):
     """A Task, every record checked (ValueError or OSError names file and record); limit: records of each split."""
     folder = task_folder(root, name).absolute()
@@ -85,24 +81,22 @@ class Tokenizer:
 
 def load_tokenizer(path):
     """A model folder's tokenizer: T5's spiece.model or Llama's tokenizer.model. ValueError or OSError names the fault."""
-    files = [file for file in (Path(path, "spiece.model"), Path(path, "tokenizer.model")) if file.exists()]
-    if not files:
-        raise FileNotFoundError(f"{path} holds neither spiece.model nor tokenizer.model; a tokenizer.json is not supported")
-    try:
-        return Tokenizer(files[0], decoder_only=files[0].name == "tokenizer.model")
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{files[0]}: not a sentencepiece model: {error}") from None
+    for file in (Path(path, "spiece.model"), Path(path, "tokenizer.model")):
+        if file.exists():
+            try:
+                return Tokenizer(file, decoder_only=file.name == "tokenizer.model")
+            except (RuntimeError, OSError) as error:
+                raise ValueError(f"{file}: not a sentencepiece model: {error}") from None
+    raise FileNotFoundError(f"{path} holds neither spiece.model nor tokenizer.model; a tokenizer.json is not supported")
 
 def pad(rows, value):
     """Lists of ids -> (B, S), filled on the right; S is a multiple of 16, which attention kernels like."""
     length = -(-max(map(len, rows)) // 16) * 16
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
 def collate(inputs, labels=None):
     """Lists of ids -> the model's arguments, on the CPU: the model moves them to its device."""
     batch = {"input_ids": pad(inputs, 0), "attention_mask": pad([[1] * len(row) for row in inputs], 0)}
     return batch if labels is None else {**batch, "labels": pad(labels, -100)}
-
 def batches(rows, size, rng):
     """One epoch: lists of at most `size` rows, in an order that rng decides."""
     order = rng.permutation(len(rows))
@@ -130,8 +124,7 @@ def make_demo(folders, sizes, seed, topics=4, words=8):
         folder.mkdir(parents=True)
         for file, content in (("train", records[:sizes[0]]), ("test", records[sizes[0]:]), ("labels", labels)):
             (folder / f"{file}.json").write_text(json.dumps(content))
-
-def train_vocabulary(texts, size):
+def train_vocabulary(texts, size=DEMO_T5["vocab_size"]):
     """A sentencepiece vocabulary in T5's form (pad 0, end 1, unknown 2): its file's bytes."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -34,7 +34,6 @@ def open_url(url, token=None, start=0):
         raise OSError(f"{url}: {error.code} {error.reason}: {REFUSALS.get(error.code, 'try again later')}") from None
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f"{url}: no answer ({getattr(error, 'reason', error)}): check the network") from None
-
 def read_listing(url, token=None):
     try:
         return json.load(open_url(url, token))
@@ -48,7 +47,6 @@ def is_right(path, size, digest):
         while block := file.read(1 << 20):
             hasher.update(block)
     return hasher.hexdigest() == digest
-
 def fetch(url, path, size, digest, token=None):
     """Bring one file, going on where a transfer was cut. It gets its name when it is whole and its hash is right."""
     if path.exists() and is_right(path, size, digest):
@@ -73,12 +71,8 @@ def fetch(url, path, size, digest, token=None):
         raise OSError(f"{url}: what came has another hash than its listing, and was removed: run again")
     os.replace(part, path)
 
-def model_folder(name):
-    """Where a model lies that was fetched by its short name or as owner/name."""
-    return Path("models") / name
-
 def fetch_model(name):
-    """Weights (safetensors alone), tokenizer and configuration from the hub -> model_folder(name)."""
+    """Weights (safetensors alone), tokenizer and configuration from the hub -> models/name."""
     repo, token = quote(MODELS.get(name, name)), os.environ.get("HF_TOKEN")
     server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     files = [f for f in read_listing(f"{server}/api/models/{repo}/tree/main", token) if re.fullmatch(WANTED, f["path"])]
@@ -86,8 +80,7 @@ def fetch_model(name):
         raise OSError(f"{repo} has no safetensors, and pickled weights are never opened: choose another repository")
     for file in sorted(files, key=lambda file: file["path"] == "config.json"):     # last: with it the folder counts as whole
         url = f"{server}/{repo}/resolve/main/{quote(file['path'])}"
-        fetch(url, model_folder(name) / file["path"], file["size"], file.get("lfs", file)["oid"], token)
-
+        fetch(url, Path("models", name) / file["path"], file["size"], file.get("lfs", file)["oid"], token)
 def fetch_data(folder="data"):
     """The 15 tasks -> folder/<group>/<name>/{train,test,labels}.json (dev.json is a copy of test.json)."""
     for file in read_listing(f"{GITHUB}/repos/{BENCHMARK}/git/trees/{COMMIT}?recursive=1")["tree"]:
@@ -100,7 +93,7 @@ def main(names):
     try:
         for name in names:
             fetch_data() if name == "data" else fetch_model(name)
-            print(f"{name}: complete in {'data' if name == 'data' else model_folder(name)}/")
+            print(f"{name}: complete in {'data' if name == 'data' else Path('models', name)}/")
     except OSError as error:                                       # also a full disk, or a folder that is not ours
         sys.exit(print(f"download.py: {error}", file=sys.stderr) or 2)
 

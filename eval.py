@@ -10,7 +10,7 @@ from tqdm import tqdm
 import data
 from model import read_json
 
-PAPER = {"full none": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6), "full none replay0.02": (77.4, 77.1, 77.9),    # table 8
+PAPER = {"full none": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6), "full none replay0.02": (77.4, 77.1, 77.9),     # table 8, by order
          "full migu": (78.3, 79.8, 78.3, 77.1, 73.6, 70.7), "full migu replay0.02": (80.8, 77.0, 78.0),
          "lora none": (60.7, 70.0, 73.1, 53.7, 44.4, 39.8), "lora none replay0.02": (77.1, 73.4, 73.2, 74.5, 75.4, 75.7),
          "lora migu": (74.8, 71.6, 73.5, 66.9, 64.8, 51.8), "lora migu replay0.02": (77.8, 75.1, 75.9, 75.4, 76.8, 77.2),
@@ -21,14 +21,12 @@ MEASURES = ("average_accuracy", "backward_transfer", "forgetting")
 def normalize(text):
     """What is compared: lower case, no punctuation, single spaces. Articles stay."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-
 def is_correct(prediction, answer):
     return answer != data.UNKNOWN and normalize(prediction) == normalize(answer)
 
 def evaluate(model, tokenizer, examples, dtype=torch.float32, tokens=16384, name=""):
     """(accuracy in percent, greedy answers, seconds). Longest first, in batches of at most `tokens` tokens with padding."""
-    started, device = time.perf_counter(), model.lm_head.weight.device
-    model.eval()
+    started, device = time.perf_counter(), model.eval().lm_head.weight.device
     sources = [tokenizer.source(example.prompt) for example in examples]
     waiting, batches, predictions = sorted(range(len(sources)), key=lambda i: -len(sources[i])), [], [""] * len(sources)
     while waiting:
@@ -39,17 +37,15 @@ def evaluate(model, tokenizer, examples, dtype=torch.float32, tokens=16384, name
             new = model.generate(**data.collate([sources[i] for i in batch]), max_new_tokens=50)
         for i, ids in zip(batch, new.tolist()):
             predictions[i] = tokenizer.decode(itertools.takewhile(lambda token: token not in model.eos, ids))
-    correct = sum(is_correct(prediction, example.answer) for prediction, example in zip(predictions, examples))
-    return 100 * correct / len(examples), predictions, time.perf_counter() - started
+    correct = map(is_correct, predictions, [example.answer for example in examples])
+    return 100 * sum(correct) / len(examples), predictions, time.perf_counter() - started
 
 def average_accuracy(matrix):
     """A_T = 1/T sum_t a(T, t): the mean over tasks after the last one."""
     return float(np.mean(matrix[-1]))
-
 def backward_transfer(matrix):
     """1/(T-1) sum_{t<T} a(T, t) - a(t, t) (Lopez-Paz & Ranzato 2017); NaN for a single task."""
     return float((matrix[-1] - matrix.diagonal())[:-1].mean()) if len(matrix) > 1 else np.nan
-
 def forgetting(matrix):
     """1/(T-1) sum_{t<T} max_{k<T} a(k, t) - a(T, t) (Chaudhry et al. 2018), max: of those measured; NaN for one task."""
     return float((np.fmax.reduce(matrix[:-1], 0, initial=np.nan) - matrix[-1])[:-1].mean()) if len(matrix) > 1 else np.nan
@@ -57,10 +53,8 @@ def forgetting(matrix):
 def table(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
-
 def cell(value):
     return "-" if value is None or np.isnan(value) else f"{value:.1f}"
-
 def matrix_table(tasks, matrix):
     rows = ([task, *map(cell, row)] for task, row in zip(tasks, matrix) if not np.isnan(row).all())
     return table([["after \\ on", *tasks], *rows])
@@ -76,7 +70,6 @@ def read_runs(folders):
         column = f"order {config['order']}" if config["order"] else " ".join(results["tasks"])
         runs.setdefault((where + config["model_name"], config["method"], column), []).append(results)
     return runs
-
 def row(label, seeds, model, method, columns):
     """Mean and std over seeds in each column, the columns' mean, its gain over the same tuning and replay unmasked."""
     unmasked = re.sub(r" \w+", " none", method, count=1)
@@ -84,7 +77,6 @@ def row(label, seeds, model, method, columns):
     mean, baseline = np.mean([x.mean() for x in ours]), np.mean([x.mean() for x in plain])
     cells = [cell(x.mean()) + (f" ± {x.std(ddof=1):.1f} ({len(x)} seeds)" if len(x) > 1 and np.isfinite(x.mean()) else "") for x in ours]
     return [label, *cells, cell(mean), "" if method == unmasked or np.isnan(mean - baseline) else f"{mean - baseline:+.1f}"]
-
 def compare(folders):
     """A table a measure: a row a method, a column an order; under t5-large's accuracies those of the paper's table 8."""
     runs, tables = read_runs(folders), []
@@ -106,8 +98,8 @@ def plot(folders, file):
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     for key, seeds in sorted(read_runs(folders).items()):
         matrix = np.mean([np.array(results["matrix"], float) for results in seeds], 0)
-        means = [row[:i].mean() for i, row in enumerate(matrix, 1)]
-        axes.plot([str(i + 1) for i in range(len(means))], means, marker="o", label="{} {}, {}".format(*key))
+        means = {str(i): row[:i].mean() for i, row in enumerate(matrix, 1)}
+        axes.plot(means.keys(), means.values(), marker="o", label="{} {}, {}".format(*key))
     axes.set(xlabel="tasks learned", ylabel="mean accuracy on them, %", ylim=(0, 102))
     axes.legend()
     axes.figure.savefig(file, dpi=150)

@@ -7,16 +7,11 @@ updates those alone, so that tasks wear each other's weights out less, without o
     M_i = 1 if n_i >= the T-quantile of n, else 0        T = 0.7 keeps the top 30 % of the neurons
     W  <-  W - lr * M * dL/dW                            row i of the gradient is multiplied by M_i
 
-    loss.backward()
-    masker.mask_gradients()                              # masker = MIGU(model, threshold=0.7)
-    optimizer.step()
-
-Masked are the weights of linear layers: all but the output head, unless `layers` chooses others. Not masked: embeddings,
-norms, biases, T5's position tables. With SGD a masked row stays as it is. With AdamW it may still move: its gradient is
-zero, but the momentum of steps in which it was kept goes on, and weight decay shrinks every row.
+Masked are the weights of linear layers: all but the output head, unless `layers` chooses others. Not masked: embeddings, norms,
+biases, T5's position tables. With SGD a masked row stays as it is. With AdamW it may still move: its gradient is zero, but the
+momentum of steps in which it was kept goes on, and weight decay shrinks every row. The step itself is in train.py.
 """
-import re
-
+import math, re
 import torch
 from torch import nn
 
@@ -26,29 +21,40 @@ NOT_THE_HEAD = r"^(?!lm_head$)"
 def keep_rows(magnitude, threshold):
     """(..., d_out) -> bool (..., d_out): what reaches the threshold-quantile (linear interpolation; ties are all kept)."""
     return magnitude >= torch.quantile(magnitude.float(), threshold, dim=-1, keepdim=True)
-
 def l1(matrix, dim):
     return torch.linalg.vector_norm(matrix, 1, dim, dtype=torch.float32)       # bf16 would stall
 
 class MIGU:
-    """Masks gradients by rows: largest "magnitude" (the method), "gradient" or "weight" norm (table 11), or "random" rows."""
-    def __init__(self, model, threshold=0.7, criterion="magnitude", layers=NOT_THE_HEAD):
+    """Masks gradients by rows: largest "magnitude" (the method), "gradient" or "weight" norm (table 11), or "random" rows.
+    row_sparse: masked rows' gradients are not even computed; for one pass a step, no adapters, and weights used in one place."""
+    def __init__(self, model, threshold=0.7, criterion="magnitude", layers=NOT_THE_HEAD, row_sparse=False):
         if criterion not in CRITERIA or not 0 <= threshold <= 1:
             raise ValueError(f"criterion {criterion!r} must be one of {CRITERIA}, and threshold {threshold} from 0 to 1")
         trained = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad}
         self.layers = {name: layer for name, layer in trained.items() if re.search(layers, re.sub(r"\.lora_[AB]$", "", name))}
         if not self.layers:
             raise ValueError(f"{layers!r} selects none of the linear layers that are trained, such as {', '.join([*trained][:3])}")
-        self.threshold, self.criterion = threshold, criterion
+        self.threshold, self.criterion, self.row_sparse = threshold, criterion, row_sparse
         self.measured = {name: model.get_submodule(name.removesuffix(".lora_B")) for name in self.layers}
-        self.magnitude = {}                                        # measured layer -> (d_out,) fp32, of this step so far
-        hooked = {*self.measured.values()} if criterion == "magnitude" else ()
-        self.hooks = [layer.register_forward_hook(self.add_magnitude) for layer in hooked]
-    def add_magnitude(self, layer, inputs, output):
+        self.magnitude, self.masks = {}, {}                        # of this step so far: measured layer -> (d_out,) fp32; see choose()
+        hooked = {*self.measured.values()} if criterion == "magnitude" or row_sparse else ()
+        self.hooks = [layer.register_forward_hook(self.observe) for layer in hooked]
+        if row_sparse:
+            uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+            if criterion == "gradient" or adapted(model) or any(uses.count(id(layer.weight)) > 1 for layer in hooked):
+                raise ValueError("row_sparse goes neither with the criterion gradient, nor with adapters, nor with tied weights")
+            hide = lambda layer, inputs: setattr(layer.weight, "requires_grad", False)     # until observe(): no dense gradient
+            self.hooks += [layer.register_forward_pre_hook(hide) for layer in hooked]
+    def observe(self, layer, inputs, output):
         """Add a training pass's |output|, summed over its tokens; several passes make one step's batch."""
-        if layer.training and torch.is_grad_enabled():
-            magnitude = l1(output.detach().reshape(-1, layer.out_features), 0)
-            self.magnitude[layer] = self.magnitude[layer] + magnitude if layer in self.magnitude else magnitude
+        again = torch._C._current_graph_task_id() >= 0             # --checkpointing repeats passes during backward
+        counts = layer.training and torch.is_grad_enabled() and not again
+        if counts and self.masks:
+            raise RuntimeError("row_sparse needs all of a step in one pass")
+        if counts and self.criterion == "magnitude":
+            self.magnitude[layer] = self.magnitude.get(layer, 0) + l1(output.detach().reshape(-1, layer.out_features), 0)
+        if self.row_sparse:
+            return RowGradient.apply(output, inputs[0], layer.weight.requires_grad_(), layer, self)
     def score(self, name):
         """(d_out,): what a layer's rows are ranked by."""
         layer = self.layers[name]
@@ -57,30 +63,54 @@ class MIGU:
         if self.criterion != "magnitude":
             return l1(layer.weight.grad if self.criterion == "gradient" else layer.weight, 1)
         if self.measured[name] not in self.magnitude:
-            raise RuntimeError(f"{name} has a gradient, but no pass in training mode since the last step")
+            raise RuntimeError(f"{name} is to be masked, but had no pass in training mode since the last step")
         return self.magnitude[self.measured[name]]
+    def choose(self):
+        """layer -> (d_out, 1), (k,), (k, 1): which rows are masked; the kept ones' ids, filled up with others; which of these
+        are masked. k is a multiple of 16 that a GPU need not be asked for: there, row_sparse gives ties beyond it no gradient."""
+        widths = {}
+        for name, layer in self.layers.items():
+            if self.row_sparse or layer.weight.grad is not None:
+                widths.setdefault(layer.out_features, []).append(name)
+        for width, names in widths.items():                        # one quantile for all layers of a width
+            masked = ~keep_rows(torch.stack([self.score(name) for name in names]), self.threshold)
+            most = math.ceil((1 - self.threshold) * (width - 1)) + 1              # without ties; a CPU can count them
+            most = max(most, int((~masked).sum(1).max())) if masked.device.type == "cpu" else most
+            ids = masked.int().sort(dim=1, stable=True).indices[:, :-(-most // 16) * 16]
+            self.masks |= zip(map(self.layers.get, names), zip(masked[:, :, None], ids, masked.gather(1, ids)[:, :, None]))
+        return self.masks
     @torch.no_grad()
     def mask_gradients(self):
         """Zero the masked rows' gradients, passing over layers that have none. Returns (): rows kept / rows."""
-        widths, kept, rows = {}, 0, 0
-        for name, layer in self.layers.items():
-            if layer.weight.grad is not None:
-                widths.setdefault(layer.out_features, []).append(name)
-        for names in widths.values():                              # one quantile for all layers of a width
-            keep = keep_rows(torch.stack([self.score(name) for name in names]), self.threshold)
-            for name, its_keep in zip(names, keep):
-                self.layers[name].weight.grad.masked_fill_(~its_keep[:, None], 0)
-            kept, rows = kept + keep.sum(), rows + keep.numel()
-        self.magnitude.clear()
-        return torch.as_tensor(kept) / rows
+        masks = self.masks or self.choose()
+        for layer, (masked, *_) in () if self.row_sparse else masks.items():
+            layer.weight.grad.masked_fill_(masked, 0)
+        self.magnitude, self.masks = {}, {}
+        return 1 - torch.cat([masked for masked, *_ in masks.values()]).float().mean()
     def remove(self):
         """Take the hooks off: the model is as it was."""
         for hook in self.hooks:
             hook.remove()
+        for layer in self.layers.values():
+            layer.weight.requires_grad_()                          # in case a pass broke off while it was hidden
         self.magnitude.clear()
 
-# ---- low-rank adapters: LoRA (Hu et al. 2022), IncLoRA (a new one for each task), O-LoRA (Wang et al. 2023). MIGU masks A by
-# ---- its own output, and B by the output of the whole layer, W and adapter (section 3.3)
+class RowGradient(torch.autograd.Function):
+    """The identity on a layer's output; its backward pass computes the layer's weight gradient in the kept rows alone."""
+    @staticmethod
+    def forward(ctx, output, x, weight, layer, masker):
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.masker = layer, masker
+        return output.view_as(output)
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,), weight = ctx.saved_tensors, ctx.layer.weight
+        _, ids, masked = (ctx.masker.masks or ctx.masker.choose())[ctx.layer]
+        columns = gradient.reshape(-1, len(weight)).index_select(1, ids)       # (tokens, k)
+        part = columns.T @ x.reshape(len(columns), -1).to(gradient.dtype)      # (k, d_in)
+        return gradient, None, torch.zeros_like(weight).index_copy_(0, ids, part.masked_fill_(masked, 0).to(weight.dtype)), None, None
+
+# ---- LoRA (Hu et al. 2022), IncLoRA, O-LoRA (Wang et al. 2023). MIGU masks A by its own output, B by W's and the adapter's (section 3.3)
 def add_adapter(layer, inputs, output):
     return output + layer.scale * layer.lora_B(layer.lora_A(layer.lora_dropout(inputs[0])))
 def adapted(model):
@@ -90,8 +120,7 @@ def folded(layer):
     return (layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight).detach()
 
 def add_lora(model, rank=8, alpha=32, dropout=0.05, dtype=None):
-    """Freeze the model and adapt each q and v projection, with B = 0. dtype: of the other weights; adapted ones stay fp32, so
-    that folding in task after task does not drift."""
+    """Freeze the model, adapt each q and v, with B = 0. dtype: of the others; adapted ones stay fp32: folding must not drift."""
     model.requires_grad_(False)
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, nn.Linear) and re.search(r"\.[qv](_proj)?$", name):
@@ -100,15 +129,13 @@ def add_lora(model, rank=8, alpha=32, dropout=0.05, dtype=None):
             nn.init.zeros_(layer.lora_B.weight)
             layer.lora_dropout, layer.scale = nn.Dropout(dropout), alpha / rank
             layer.adapter = layer.register_forward_hook(add_adapter)
-        elif dtype:
-            for p in layer.parameters(recurse=False):
-                p.data = p.data.to(dtype)
+        elif dtype and not [*layer.children()]:
+            layer.to(dtype)
 
 def plain_weights(model):
     """name -> weight as a model without adapters has it, the adapters folded in."""
     plain = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     return plain | {f"{name}.weight": folded(layer) for name, layer in adapted(model).items()}
-
 def merge_lora(model):
     """Fold the adapters into their layers: a plain model again, all of it trainable."""
     for layer in adapted(model).values():

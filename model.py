@@ -1,24 +1,27 @@
-"""T5 and Llama in plain PyTorch, and the Hugging Face folders they are loaded from and saved to.
+"""T5 and Llama in plain PyTorch, and the Hugging Face folders they are loaded from and saved to, with the same names and numbers.
 
-Every parameter has its Hugging Face name: a checkpoint loads strictly and gives the numbers transformers gives. One thing is
-unusual: a batch is kept packed. Linear layers see (tokens, d), the real tokens of all rows one after another; only attention
-lays them out as (B, H, S, D). No work is spent on padding, and MIGU's magnitudes are plain sums over what a layer saw.
+A batch is kept packed: linear layers see (tokens, d), the real tokens of all rows one after another; only attention lays them
+out as (B, H, S, D). No work is spent on padding, and MIGU's magnitudes are plain sums over what a layer saw.
 """
 import itertools, json, math, mmap, os, re, struct
 from pathlib import Path
 from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 # ---- the parts of both models
+def send(tensor, device):
+    """To the device; what comes from the CPU goes through pinned memory, so that nobody waits for the GPU."""
+    pin = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
+
 class Rows:
     """Where the real tokens of a batch lie, by its mask (B, S), bool; kept on the CPU, it lets no step wait for the GPU."""
     def __init__(self, mask, device, cache=None):
-        self.size, self.mask = mask.shape, mask.to(device, non_blocking=True)
+        self.size, self.mask = mask.shape, send(mask, device)
         self.positions = mask.flatten().nonzero().squeeze(1)       # (tokens,), on the mask's device
-        self.index = self.positions.to(device, non_blocking=True)
+        self.index = send(self.positions, device)
         if cache is not None:                                      # rows that began before: (B, keys), the mask of all ids so far
             self.mask, = cache["mask"] = [torch.cat([*cache.get("mask", ()), self.mask], 1)]
         keys = self.mask.shape[1]                                  # no query sees what follows it: (S, keys)
@@ -56,8 +59,8 @@ class Attention(nn.Module):
                 cache[self] = keys, values
         if self.kv_heads < self.heads:
             keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (keys, values))
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)       # (B, H, S, D)
+        dropped = self.dropout * self.training
+        out = F.scaled_dot_product_attention(queries, keys, values, bias, dropped, scale=self.scale)       # (B, H, S, D)
         return o(rows.pack(out.transpose(1, 2).flatten(2)))
 
 class FeedForward(nn.Module):
@@ -65,23 +68,24 @@ class FeedForward(nn.Module):
     def __init__(self, names, width, inner, act, dropout=0.0, bias=False):
         super().__init__()
         self.names, self.act, self.dropout = names, act, nn.Dropout(dropout)
-        for name in names[:-1]:
-            self.add_module(name, nn.Linear(width, inner, bias=bias))
-        self.add_module(names[-1], nn.Linear(inner, width, bias=bias))
+        for name in names:
+            self.add_module(name, nn.Linear(*((inner, width) if name == names[-1] else (width, inner)), bias=bias))
     def forward(self, x):
         first, *gate, out = (self.get_submodule(name) for name in self.names)
         h = self.act(first(x))
         return out(self.dropout(h * gate[0](x) if gate else h))
 
+def run(part, again, *inputs):
+    """part(*inputs); again: nothing of what it computes inside is kept, the backward pass computes it again."""
+    return torch.utils.checkpoint.checkpoint(part, *inputs, use_reentrant=False) if again and torch.is_grad_enabled() else part(*inputs)
 def rotate(x, cos, sin):
     """Rotary positions in the rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
     left, right = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
-
 def attention_bias(allowed, weight, bias=None):
     """Attention's additive mask, in the type of its queries: bias (or 0) where allowed, elsewhere the lowest finite number."""
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
     bias = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
     return torch.where(allowed, bias, torch.finfo(dtype).min)
 
@@ -106,26 +110,29 @@ class LanguageModel(nn.Module):
         hidden, rows = self.decode(ids, real, None, *memory)
         targets = targets.flatten()[rows.positions]                # (tokens,)
         labelled = (targets != -100).nonzero().squeeze(1)
-        logits = self.lm_head(hidden.index_select(0, labelled.to(hidden.device, non_blocking=True)))
-        return F.cross_entropy(logits.float(), targets[labelled].to(hidden.device, non_blocking=True))
+        logits = self.lm_head(hidden.index_select(0, send(labelled, hidden.device)))
+        return F.cross_entropy(logits.float(), send(targets[labelled], hidden.device))
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
         """Greedy decoding with a cache: (B, S) -> the new ids (B, new), each row as if alone, padded after its end."""
         ids, real, _, memory = self.inputs(input_ids, attention_mask, None)
-        cache, eos = {}, torch.tensor(self.eos, device=self.lm_head.weight.device)         # cache: layer -> (keys, values)
-        ended, new = torch.zeros(len(ids), dtype=torch.bool, device=eos.device), []
-        while len(new) < max_new_tokens and not (new and ended.all()):         # the one wait for the device in a step
+        device, cache, going, steps = self.lm_head.weight.device, {}, torch.arange(len(ids)), 0    # cache: layer -> (keys, values)
+        new = torch.full((len(ids), max_new_tokens), self.pad)
+        while len(going) and steps < max_new_tokens:               # going: the rows that have not ended
             hidden, rows = self.decode(ids, real, cache, *memory)
             last = real.shape[1] - 1 - real.flip(1).int().argmax(1)            # (B,): each row's last real token
-            logits = self.lm_head(rows.pad(hidden)[torch.arange(len(last)), last])         # (B, V)
-            new.append(logits.argmax(-1).masked_fill(ended, self.pad))
-            ended = ended | torch.isin(new[-1], eos)
-            ids, real = new[-1][:, None], torch.ones(len(ids), 1, dtype=torch.bool)
-        return torch.stack(new, 1)
+            logits = self.lm_head(rows.pad(hidden)[send(torch.arange(len(last)), device), send(last, device)])     # (B, V)
+            ids = new[going, steps] = logits.argmax(-1).cpu()      # the one wait for the device in a step
+            more = (~torch.isin(ids, torch.tensor(self.eos))).nonzero().squeeze(1)
+            if len(more) < len(going):                             # rows that ended leave the batch
+                cache = {key: [t.index_select(0, send(more, device)) for t in tensors] for key, tensors in cache.items()}
+            going, ids, steps = going[more], ids[more, None], steps + 1
+            real = torch.ones_like(ids, dtype=torch.bool)
+        return new[:, :steps].to(device)
 
 # ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head; v1.1 and Flan with gated GELU and a head of their own
 T5_DEFAULTS = dict(feed_forward_proj="relu", num_decoder_layers=None, relative_attention_max_distance=128, dropout_rate=0.1,
-                   tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)     # old files lack these
+                   tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, checkpointing=False)
 T5_FEED_FORWARD = {"relu": (("wi", "wo"), F.relu), "gated-gelu": (("wi_0", "wi_1", "wo"), nn.GELU("tanh"))}
 
 class T5Stack(nn.Module):
@@ -152,16 +159,15 @@ class T5Stack(nn.Module):
         start = 0 if self.decoder else (distance > 0) * buckets
         distance = -distance.clamp(max=0) if self.decoder else distance.abs()
         exact = buckets // 2                                       # near: a bucket a distance; far: logarithmic
-        spread = math.log(self.c.relative_attention_max_distance / exact)
-        far = exact + (torch.log(distance.clamp(min=1) / exact) / spread * (buckets - exact)).long()
-        return table(start + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))).permute(2, 0, 1)[None]
+        far = torch.log(distance.clamp(min=1) / exact) / math.log(self.c.relative_attention_max_distance / exact) * (buckets - exact)
+        return table(start + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))).permute(2, 0, 1)[None]
     def forward(self, x, rows, bias, cache=None, memory=None, memory_rows=None, memory_bias=None):
         context = {"SelfAttention": (rows, bias, cache), "DenseReluDense": (),
                    "EncDecAttention": (rows, memory_bias, cache, None, memory, memory_rows)}
         x = self.dropout(x)
         for layer in itertools.chain(*(block.layer for block in self.block)):
             name, part = next(iter(layer.items()))
-            x = x + self.dropout(part(layer.layer_norm(x), *context[name]))
+            x = x + self.dropout(run(part, self.c.checkpointing, layer.layer_norm(x), *context[name]))
         return self.dropout(self.final_layer_norm(x))
 
 class T5(LanguageModel):
@@ -175,18 +181,16 @@ class T5(LanguageModel):
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
-        scaled = getattr(c, "scale_decoder_outputs", c.tie_word_embeddings)    # v1.0: what the tied head sees is scaled
-        self.scale = c.d_model ** -0.5 if scaled else 1.0
+        self.scale = c.d_model ** -0.5 if getattr(c, "scale_decoder_outputs", c.tie_word_embeddings) else 1.0      # v1.0 scales
     def inputs(self, input_ids, attention_mask, labels):
         """The labels shifted right, each row up to its last one, and the memory: (tokens, d), its rows, its bias (B, 1, 1, S)."""
         rows = Rows(attention_mask.bool(), self.shared.weight.device)
         allowed, size = rows.mask[:, None, None, :], rows.size[1]
         bias = attention_bias(allowed, self.shared.weight, self.encoder.position_bias(size, size))         # (B, H, S, S)
-        memory = self.encoder(self.shared(rows.pack(input_ids.to(rows.mask.device, non_blocking=True))), rows, bias)
+        memory = self.encoder(self.shared(rows.pack(send(input_ids, rows.mask.device))), rows, bias)
         labels = torch.full((len(input_ids), 1), -100) if labels is None else labels
         real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
-        ids = labels.roll(1, 1)
-        ids = ids.masked_fill(ids == -100, self.pad)
+        ids = labels.masked_fill(labels == -100, self.pad).roll(1, 1)
         ids[:, 0], real[:, 0] = self.c.decoder_start_token_id, True
         return ids, real, labels, (memory, rows, attention_bias(allowed, self.shared.weight))
     def decode(self, ids, real, cache, memory, memory_rows, memory_bias):
@@ -195,12 +199,12 @@ class T5(LanguageModel):
         if cache is not None:
             memory_bias, = cache.setdefault("memory_bias", [memory_bias])
         bias = attention_bias(rows.causal, self.shared.weight, self.decoder.position_bias(*rows.causal.shape))
-        x = self.shared(rows.pack(ids.to(rows.index.device, non_blocking=True)))
+        x = self.shared(rows.pack(send(ids, rows.mask.device)))
         return self.decoder(x, rows, bias, cache, memory, memory_rows, memory_bias) * self.scale, rows
 
 # ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
 LLAMA_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rope_theta=1e4, rope_scaling=None, rope_parameters=None, mlp_bias=False,
-                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2)
+                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2, checkpointing=False)
 
 def llama_layer(c):
     return nn.ModuleDict({
@@ -237,18 +241,17 @@ class Llama(LanguageModel):
         positions = rows.mask.cumsum(1)[:, -rows.size[1]:] - 1     # counted from the row's first real token
         angles = positions[:, None, :, None] * self.c.rope_theta ** -half.repeat(2)        # (B, 1, S, D), fp32
         bias, rope = attention_bias(rows.causal & rows.mask[:, None, None, :], self.lm_head.weight), (angles.cos(), angles.sin())
-        x = self.model.embed_tokens(rows.pack(ids.to(rows.mask.device, non_blocking=True)))
+        x = self.model.embed_tokens(rows.pack(send(ids, rows.mask.device)))
         for layer in self.model.layers:
-            x = x + layer.self_attn(layer.input_layernorm(x), rows, bias, cache, rope)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = x + run(layer.self_attn, self.c.checkpointing, layer.input_layernorm(x), rows, bias, cache, rope)
+            x = x + run(layer.mlp, self.c.checkpointing, layer.post_attention_layernorm(x))
         return self.model.norm(x), rows
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
-DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "C64": torch.complex64,
-    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "I8": torch.int8,
-    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz}       # all of torch's
+DTYPES = {kind: getattr(torch, name) for kind, name in map(str.split, (                    # all of torch's
+    "F32 float32", "BF16 bfloat16", "F16 float16", "F64 float64", "C64 complex64", "BOOL bool", "U8 uint8", "U16 uint16", "U32 uint32",
+    "U64 uint64", "I8 int8", "I16 int16", "I32 int32", "I64 int64", "F8_E4M3 float8_e4m3fn", "F8_E5M2 float8_e5m2",
+    "F8_E8M0 float8_e8m0fnu", "F8_E4M3FNUZ float8_e4m3fnuz", "F8_E5M2FNUZ float8_e5m2fnuz"))}
 
 def write_file(path, chunks):
     """Write chunks of bytes or text to path, whole or not at all: temporary file, fsync, rename."""
@@ -256,14 +259,12 @@ def write_file(path, chunks):
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk.encode() if isinstance(chunk, str) else chunk)
+            file.writelines(chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
 def write_safetensors(path, tensors, metadata=None):
     """Write a dict of tensors; metadata: text -> text."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
@@ -280,13 +281,9 @@ def write_safetensors(path, tensors, metadata=None):
 def check(good, fault):
     if not good:
         raise ValueError(fault)
-def unsigned(text):
-    check(not text.startswith("-") and int(text) < 2 ** 64, f"number {text[:30]} out of range")
-    return int(text)
 def unique(pairs):
     check(len(dict(pairs)) == len(pairs), "a key stands twice")
     return dict(pairs)
-
 def read_header(buffer):
     """Check all of a file but its numbers: (name -> (dtype, shape, first byte, last + 1), metadata), or ValueError."""
     length = int.from_bytes(buffer[:8], "little")
@@ -294,7 +291,8 @@ def read_header(buffer):
     text = bytes(buffer[8:8 + length])
     check(text.startswith(b"{"), "the header is not a JSON object")
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=unsigned)
+        sizes = lambda digits: int(digits) if digits[0] != "-" else digits     # -0 is none
+        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=sizes)
         json.dumps(header, ensure_ascii=False).encode()            # finds halves of surrogate pairs
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header is not JSON: {error}") from None
@@ -303,8 +301,8 @@ def read_header(buffer):
     for name, entry in header.items():
         check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name}: a wrong entry {entry}")
         numbers = [entry["shape"], entry["data_offsets"]]
-        check(all(isinstance(x, list) and all(type(n) is int for n in x) for x in numbers), f"{name}: not lists of integers: {numbers}")
-        check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, f"{name}: dtype {entry['dtype']} is none of torch's")
+        check(all(isinstance(x, list) and all(type(n) is int for n in x) for x in numbers), f"{name}: not lists of sizes: {numbers}")
+        check(entry["dtype"] in [*DTYPES], f"{name}: dtype {entry['dtype']} is none of torch's")
     table, end = {}, 8 + length
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
@@ -314,7 +312,6 @@ def read_header(buffer):
         table[name] = dtype, shape, start, end
     check(end == len(buffer), f"the tensors end at byte {end}, the file at byte {len(buffer)}")
     return table, metadata
-
 def read_safetensors(path, metadata=None):
     """name -> tensor, memory-mapped; metadata: a dict that receives the file's. ValueError or OSError names file and fault."""
     with open(path, "rb") as file:
@@ -342,10 +339,9 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         check(isinstance(value, dict), "not an object")
+        return value
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    return value
-
 def read_weights(path):
     """All tensors of a folder: model.safetensors, or the shards that its index names."""
     index, tensors = path / "model.safetensors.index.json", {}
@@ -386,8 +382,7 @@ def load_model(path, dtype=torch.float32):
     faults = [f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, 'unexpected')} by config.json"
               for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     check(not faults, f"{path}: the weights do not fit: {'; '.join(faults)}")
-    loaded = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
-    model.load_state_dict(loaded, strict=False, assign=True)       # strict it was, above
+    model.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, strict=False, assign=True)
     if model.c.tie_word_embeddings:
         model.lm_head.weight = model.get_parameter(embedding)
     model.files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).exists()}

@@ -1,10 +1,14 @@
 """What the project claims, one test a claim. `pytest test_migu.py`, offline, on a CPU.
 
 Tests against transformers and safetensors skip where those are not installed. MIGU_DATA=.../CL_Benchmark and
-MIGU_LLAMA=.../stories260K let two more tests use real files.
+MIGU_LLAMA=.../stories260K let two more tests use real files. Speed is no test: `python train.py --bench` measures it, at the end
+of this file.
 """
+import contextlib
+import csv
 import hashlib
 import http.server
+import itertools
 import json
 import math
 import os
@@ -14,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -25,6 +30,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import data
 import download
@@ -262,6 +270,125 @@ def test_a_random_mask_really_masks_and_changes_every_step():
         MIGU(layer, criterion="largest")
 
 
+# ---- MIGU, fast
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, views aside."""
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view
+        return operation(*args, **(kwargs or {}))
+
+
+def masked_gradients(kind=T5, dtype=torch.float32, checkpointing=False, passes=1, changes=None, **options):
+    """Gradients of a small model after mask_gradients(), the fraction kept, and the magnitudes of its layers."""
+    model = small(kind, **(changes or {})).train()
+    model.c.checkpointing = checkpointing
+    masker = MIGU(model, **options)
+    torch.manual_seed(3)
+    for _ in range(passes):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model.loss(**padded_batch(causal=kind is Llama))
+        loss.backward()
+    magnitudes = [m.clone() for m in masker.magnitude.values()]
+    kept = masker.mask_gradients().item()
+    masker.remove()
+    return {name: p.grad for name, p in model.named_parameters()}, kept, magnitudes
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "weight"])
+@pytest.mark.parametrize("kind", [T5, Llama])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_row_sparse_gradients_are_those_of_the_explicit_step(kind, dtype, tolerance, criterion):
+    explicit, kept, _ = masked_gradients(kind, dtype, criterion=criterion)
+    sparse, kept_too, _ = masked_gradients(kind, dtype, criterion=criterion, row_sparse=True)
+    assert kept == kept_too and explicit.keys() == sparse.keys()
+    for name, gradient in explicit.items():
+        assert (sparse[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+        assert torch.equal((sparse[name] == 0).flatten(1).all(1), (gradient == 0).flatten(1).all(1)) if gradient.dim() > 1 else True, name
+
+
+def test_row_sparse_keeps_ties_and_any_shape_of_input_and_counts_passes():
+    layer = nn.Linear(2, 40)
+    nn.init.ones_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    masker = MIGU(layer, row_sparse=True)
+    layer(torch.ones(3, 5, 2)).sum().backward()                    # all 40 rows tie: many more than the top 30 %
+    assert masker.mask_gradients() == 1 and (layer.weight.grad == 15).all() and (layer.bias.grad == 15).all()
+    with torch.no_grad():
+        layer(torch.ones(3, 2))                                    # a test in between does not count
+    layer(torch.ones(3, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match="one pass"):
+        layer(torch.ones(3, 2))
+    masker.remove()
+    assert layer.weight.requires_grad and not layer._forward_hooks and not layer._forward_pre_hooks
+    masker, layer = MIGU(layer, row_sparse=True), layer.eval()
+    with pytest.raises(RuntimeError, match="no pass in training mode"):
+        layer(torch.ones(3, 2)).sum().backward()
+
+
+def test_row_sparse_says_where_it_cannot_be():
+    adapted = small()
+    add_lora(adapted)
+    for model, options in ((small(), {"layers": "lm_head"}), (small(), {"criterion": "gradient"}), (adapted, {})):
+        with pytest.raises(ValueError, match="row_sparse goes neither"):
+            MIGU(model, row_sparse=True, **options)
+
+
+@pytest.mark.parametrize("width", [1, 8, 40, 97, 320, 1024, 4096])
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.4, 0.7, 0.9, 1.0])
+def test_row_sparse_has_room_for_all_kept_rows_without_counting_them(width, threshold):
+    layer = nn.Linear(1, width, bias=False)
+    masker = MIGU(layer, threshold, row_sparse=True)
+    magnitude = torch.randperm(width).float()
+    masker.magnitude[layer] = magnitude
+    masked, ids, surplus = masker.choose()[layer]
+    assert torch.equal(~masked[:, 0], keep_rows(magnitude, threshold))
+    assert ids[~surplus[:, 0]].tolist() == (~masked[:, 0]).nonzero()[:, 0].tolist()
+    assert len(ids) == min(width, len(ids) + -len(ids) % 16) and len(ids) <= (~masked).sum() + 17
+
+
+@pytest.mark.parametrize("kind", [T5, Llama])
+@pytest.mark.parametrize("options", [{}, {"passes": 2}, {"row_sparse": True}, {"dtype": torch.bfloat16}])
+def test_checkpointing_changes_neither_gradient_nor_mask(kind, options):
+    changes = {"dropout_rate": 0.1} if kind is T5 else {"attention_dropout": 0.1}
+    kept, again = (masked_gradients(kind, checkpointing=again, changes=changes, **options) for again in (False, True))
+    assert kept[1] == again[1] and all(map(torch.equal, kept[2], again[2])) and len(kept[2]) == len(again[2])
+    assert all(torch.equal(kept[0][name], again[0][name]) for name in kept[0])
+
+
+def test_checkpointing_holds_less():
+    held = {}
+    for again in (False, True):
+        model, sizes = small(num_layers=6).train(), []
+        model.c.checkpointing = again
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            model.loss(**padded_batch(lengths=(64,) * 4))
+        held[again] = sum(sizes)
+    assert held[True] < 0.5 * held[False]
+
+
+def test_masking_costs_at_most_four_operations_a_layer():
+    counts = {}
+    for layers in (2, 6):
+        model = small(num_layers=layers).train()
+        for row in ("plain", *migu.CRITERIA):
+            masker = MIGU(model, criterion=row) if row != "plain" else None
+            with Operations() as operations:
+                model.loss(**padded_batch()).backward()
+                if masker:
+                    masker.mask_gradients()
+            counts[row, layers] = operations.count
+            model.zero_grad()
+            if masker:
+                masker.remove()
+    more = 4 * 6 + 4 * 10                                          # 4 encoder layers of 6 linear ones, 4 decoder layers of 10
+    for row in migu.CRITERIA:                                      # what each further layer costs, beyond its own work
+        cost = (counts[row, 6] - counts[row, 2]) - (counts["plain", 6] - counts["plain", 2])
+        assert 0 < cost <= 4 * more, (row, cost / more)
+
+
 # ---- adapters
 
 def trained_adapters(kind=T5, **changes):
@@ -450,9 +577,9 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     (b"", "empty"), (b"1234567", "length"), (file_of({}, length=100), "length"), (file_of({}, length=2 ** 63), "length"),
     (file_of(b"[]"), "object"), (file_of(b"{"), "JSON"), (file_of(b'{"a":NaN}'), "entry"), (file_of(b"{\xff}"), "JSON"),
     (file_of(b'{"a":' * 3000), "JSON"), (file_of({"a": entry("F7")}, bytes(8)), "dtype"), (file_of({"a": entry("F4", [4], [0, 2])}, bytes(2)), "dtype F4"),
-    (file_of({"a": entry(shape=[3])}, bytes(8)), "shape"), (file_of({"a": entry(shape=[2.0])}, bytes(8)), "integers"),
+    (file_of({"a": entry(shape=[3])}, bytes(8)), "shape"), (file_of({"a": entry(shape=[2.0])}, bytes(8)), "sizes"),
     (file_of({"a": entry(shape=[2 ** 63, 2 ** 63, 0], offsets=[0, 0])}), "shape"), (file_of({"a": None}), "entry"),
-    (file_of({"a": entry(offsets=[-8, 0])}, bytes(8)), "range"), (file_of({"a": entry(offsets=[8, 0])}, bytes(8)), "shape"),
+    (file_of({"a": entry(offsets=[-8, 0])}, bytes(8)), "sizes"), (file_of({"a": entry(offsets=[8, 0])}, bytes(8)), "shape"),
     (file_of({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "overlap"),
     (file_of({"a": entry(), "b": entry(offsets=[12, 20])}, bytes(20)), "hole"),
     (file_of({"a": entry()}, bytes(7)), "end"), (file_of({"a": entry()}, bytes(9)), "end"), (file_of({}, b"x"), "end"),
@@ -766,6 +893,49 @@ def test_metrics_are_the_hand_computed_ones():
     assert math.isnan(evaluation.forgetting(np.array([[50.0]]))) and evaluation.average_accuracy(np.array([[50.0]])) == 50.0
 
 
+def test_only_real_tokens_are_processed_in_training_and_in_testing(world):
+    model, tokenizer = load_model(world / "t5"), data.load_tokenizer(world / "t5")
+    task, seen = data.load_task("", world / "tasks" / "one"), Counter()
+    for part, layer in (("encoder", model.encoder.block[0].layer[1].DenseReluDense.wi), ("decoder", model.decoder.block[0].layer[2].DenseReluDense.wi)):
+        layer.register_forward_hook(lambda layer, inputs, output, part=part: seen.update({part: len(output)}))
+    rows = [tokenizer.training_row(example) for example in task.train]
+    model.loss(**data.collate(*zip(*rows)))
+    assert seen == {"encoder": sum(len(ids) for ids, _ in rows), "decoder": sum(len(labels) for _, labels in rows)}
+    seen.clear()
+    sources = [tokenizer.source(example.prompt) for example in task.test]
+    lengths = iter([1, 5, 2, 5, 3] * len(sources))
+    stops = {}                                                     # row -> how many tokens its answer has, the end included
+
+    def head(layer, inputs, logits):                               # each row says token 9 until its answer ends
+        if not stops or seen["step"] == 0:
+            stops.update(enumerate(itertools.islice(lengths, len(logits))))
+            seen["rows"] = 0
+        going = [row for row in stops if stops[row] > seen["step"]]
+        seen["step"] += 1
+        out = torch.zeros_like(logits)
+        for i, row in enumerate(going):
+            out[i, 1 if stops[row] == seen["step"] else 9] = 1
+        return out
+
+    model.lm_head.register_forward_hook(head)
+    new = model.generate(**data.collate(sources), max_new_tokens=10)
+    answers = [1 + row.tolist().index(1) for row in new]           # the end token is 1
+    assert answers == [stops[row] for row in range(len(sources))] and new.shape[1] == 5
+    assert seen["encoder"] == sum(map(len, sources)) and seen["decoder"] == sum(answers)
+    assert all((row[n:] == model.pad).all() for row, n in zip(new, answers))
+
+
+def test_test_batches_are_nearly_all_real_tokens(world, monkeypatch):
+    model, tokenizer = load_model(world / "t5"), data.load_tokenizer(world / "t5")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(["word"] * int(n)) for n in rng.integers(10, 120, 600)]
+    batches = []
+    monkeypatch.setattr(model, "generate", lambda input_ids, attention_mask, max_new_tokens: batches.append(attention_mask) or input_ids[:, :1])
+    evaluation.evaluate(model, tokenizer, [data.Example(text, "") for text in texts], tokens=4096)
+    real, laid_out = (sum(f(mask) for mask in batches) for f in (lambda mask: int(mask.sum()), lambda mask: mask.numel()))
+    assert sum(len(mask) for mask in batches) == 600 and real / laid_out >= 0.95, real / laid_out
+
+
 def test_evaluation_keeps_the_order_and_does_not_depend_on_batches(world):
     task = data.load_task("", world / "tasks" / "one")
     for kind in ("t5", "llama"):
@@ -824,6 +994,32 @@ def test_a_run_leaves_what_it_promises(world, tmp_path, capsys):
     assert not [p for p in folder.rglob("*") if p.suffix in (".tmp", ".part")]
 
 
+def test_the_run_says_whether_it_was_row_sparse(world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "MIGU", lambda *options: asked.append(options[4:]) or MIGU(*options))
+    for i, (more, sparse) in enumerate(((["--mask", "migu"], True), (["--mask", "weight"], True), (["--mask", "random"], True),
+                                        (["--mask", "gradient"], False), (["--mask", "none"], False), (["--tune", "lora"], False),
+                                        (["--micro-batch", "3"], False), (["--layers", "."], False), (["--layers", "q$"], True))):
+        asked.clear()
+        (folder, _), = train.main(command(world, tmp_path / str(i), "--limit", "8", *more))
+        assert json.loads((folder / "config.json").read_text())["row_sparse"] is sparse
+        assert asked[1:] == ([] if "none" in more else [(sparse,)])    # the first is the check of --layers
+
+
+def test_a_row_sparse_run_ends_with_the_weights_of_the_explicit_one(world):
+    tokenizer = data.load_tokenizer(world / "t5")
+    rows, ends = [tokenizer.training_row(e) for e in data.load_task("", world / "tasks" / "one").train], []
+    for row_sparse in (False, True):
+        c = types.SimpleNamespace(tune="full", dtype="float32", optimizer="adamw", lr=1e-3, criterion="magnitude", batch_size=8, micro_batch=8,
+                                  threshold=0.7, layers=migu.NOT_THE_HEAD, row_sparse=row_sparse)
+        model = load_model(world / "t5")
+        log = train.train_task(model, rows, c, True, train.seeded(0, 0), "one", 2, {})
+        ends.append((log, [p.detach() for p in model.parameters()]))
+    assert ends[0][0] == ends[1][0]
+    for explicit, sparse in zip(ends[0][1], ends[1][1]):
+        torch.testing.assert_close(explicit, sparse, rtol=1e-5, atol=1e-6)
+
+
 def test_mask_first_masks_the_first_task_too(world, tmp_path):
     train.main(command(world, tmp_path, "--mask-first", "--limit", "9"))
     log = (run_folder(tmp_path) / "log.csv").read_text().splitlines()
@@ -845,7 +1041,7 @@ def test_micro_batches_change_neither_gradient_nor_mask(world):
             if hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.0
         config = types.SimpleNamespace(seed=0, tune="full", dtype="float32", optimizer="sgd", lr=0.1, criterion="magnitude", batch_size=24, micro_batch=micro,
-                      threshold=0.7, layers=".")
+                      threshold=0.7, layers=".", row_sparse=False)
         log = train.train_task(model, rows, config, True, train.seeded(0, 0), "one", 1, {})
         results.append((model, log))
     (one, log), (two, log_two) = results
@@ -918,7 +1114,8 @@ def test_defaults_are_the_paper_s(tune, threshold, lr, tmp_path):
 
 
 def test_frozen_weights_are_kept_in_bf16_and_folding_stays_in_fp32(world, tmp_path):
-    c = types.SimpleNamespace(tune="inclora", device="cpu", dtype="bfloat16", mask="migu", criterion="magnitude", seed=0, threshold=0.7, layers=".")
+    c = types.SimpleNamespace(tune="inclora", device="cpu", dtype="bfloat16", mask="migu", criterion="magnitude", seed=0, threshold=0.7, layers=".",
+                              checkpointing=False)
     model, _ = train.prepare(tmp_path, world / "t5", c, 0)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert {kinds[name] for name in kinds if re.search(r"\.[qv]\.weight", name)} == {torch.float32}
@@ -1010,9 +1207,9 @@ def test_the_grid_has_means_gains_and_the_paper_s_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "say what to train on"), (["--order", "7"], "invalid choice"), (["--order", "1", "--threshold", "1.5"], "--threshold"),
+    ([], "say what to do"), (["--order", "7"], "invalid choice"), (["--order", "1", "--threshold", "1.5"], "--threshold"),
     (["--order", "1", "--lr", "0"], "--lr"), (["--order", "1", "--layers", "("], "unterminated"),
-    (["--order", "1", "--device", "abacus"], "abacus"), (["--order", "1", "--tasks", "a"], "say what to train on"),
+    (["--order", "1", "--device", "abacus"], "abacus"), (["--order", "1", "--tasks", "a"], "say what to do"),
     (["--tasks", "a/x", "b/x"], "same name"), (["--tasks", "no/such"], "labels.json"), (["--frobnicate"], "--frobnicate"),
 ])
 def test_a_user_s_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
@@ -1283,3 +1480,111 @@ def test_train_fetches_what_is_missing(hub, world, tmp_path, capsys):
     count = len(hub.requests)
     train.main(["--order", "2", "--model", str(world / "t5"), "--limit", "4", "--device", "cpu", "--batch-size", "4"])
     assert len(hub.requests) == count                              # all there: no network needed
+
+
+# ---- how fast: python train.py --bench [--model t5-large --tune lora --batch-size 64 --device cuda ...]
+
+SHAPES = {                                                         # with random weights: speed does not depend on them
+    "t5-small": (T5, dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8)),
+    "t5-base": (T5, dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12)),
+    "t5-large": (T5, dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16)),
+    "llama-2-7b": (Llama, dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)),
+    "smollm2-135m": (Llama, dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                                 num_key_value_heads=3, tie_word_embeddings=True))}
+SHARED = {T5: dict(vocab_size=32128, d_kv=64, dropout_rate=0.1, layer_norm_epsilon=1e-6, relative_attention_num_buckets=32),
+          Llama: dict(rms_norm_eps=1e-5, hidden_act="silu")}
+
+
+def bench(args, repeats=5):
+    """Time every kind of step, a test and a checkpoint, by turns: random ids, 64 to 256 tokens a prompt, 4 an answer."""
+    args.tasks = ["bench"]
+    (folder, config), = train.plan(args)
+    models.check(args.model in SHAPES or Path(args.model, "config.json").exists(),
+                 f"--bench knows the shapes {', '.join(SHAPES)}, or takes a model's folder, and {args.model} is neither")
+    c, device, rng = types.SimpleNamespace(**config), torch.device(args.device), train.seeded(args.seed[0], 0)
+    gpu, dtype = device.type == "cuda", getattr(torch, c.dtype)
+    if args.model in SHAPES:
+        kind, shape = SHAPES[args.model]
+        with device:
+            model = kind({**SHARED[kind], **shape})
+    else:
+        model = load_model(args.model).to(device)
+    if c.tune != "full":
+        add_lora(model, dtype=dtype)
+    model.c.checkpointing, model.eos = c.checkpointing, []         # no answer ends early
+    optimizer = train.make_optimizer(model, c)
+    sources = [rng.integers(3, model.c.vocab_size, length).tolist() for length in rng.integers(64, 257, c.batch_size)]
+    rows = [(ids, ids[:4]) if isinstance(model, T5) else (ids + ids[:4], [-100] * len(ids) + ids[:4]) for ids in sources]
+    size = 8192 if gpu else 2048
+    factors = torch.randn(2, size, size, device=device, dtype=dtype)
+
+    def step(masker):
+        train.train_step(model.train(), optimizer, masker, rows, c, {})
+
+    def test(_):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            model.eval().generate(**data.collate(sources), max_new_tokens=4)
+
+    def checkpoint(_):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            save_model(model, place, tensors=migu.plain_weights(model))
+
+    kinds = {"plain step": (step, None)}                           # name -> what runs, and its mask
+    kinds |= {f"{name}, explicit": (step, (name, c.layers)) for name in migu.CRITERIA}
+    kinds |= {f"{name}, row-sparse": (step, (name, c.layers, True)) for name in migu.CRITERIA if c.row_sparse and name != "gradient"}
+    kinds |= {"test": (test, None), "checkpoint": (checkpoint, None), "matrix product": (lambda _: torch.mm(*factors), None)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    counts, seconds = {}, {name: [] for name in kinds}
+    step(None)                                                     # the optimizer takes its memory
+    for turn, name in tqdm([*itertools.product(range(repeats + 1), kinds)], desc="bench"):
+        run, mask = kinds[name]
+        masker = MIGU(model, c.threshold, *mask) if mask else None
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+        with contextlib.ExitStack() as counting:
+            if turn == 0:                                          # the first turn counts, the others are timed
+                operations, flops = counting.enter_context(Operations()), counting.enter_context(FlopCounterMode(display=False))
+            started = time.perf_counter()
+            run(masker)
+            if gpu:
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - started)
+        if turn == 0:
+            counts[name] = operations.count, flops.get_total_flops(), train.peak_memory(args.device)
+        if masker:
+            masker.remove()
+    times = {name: np.array(seconds[name][1:]) for name in kinds}
+    medians = {name: np.median(times[name]) for name in kinds}
+    peak = counts.pop("matrix product")[1] / medians["matrix product"]
+    tokens = sum(len(ids) + 4 for ids in sources)
+    table = [[f"{args.model}, {args.tune}, batch {c.batch_size}, {c.dtype}", "seconds", "least", "most", "of plain", "examples/s", "tokens/s",
+              f"of {peak / 1e12:.3g} TFLOP/s", "operations", "GB"]]
+    for name, (operations, flops, memory) in counts.items():
+        t, speeds = medians[name], ["", "", ""]
+        if name != "checkpoint":
+            speeds = [f"{len(rows) / t:.4g}", f"{tokens / t:.4g}", f"{flops / t / peak:.1%}"]
+        table.append([name, *(f"{x:.4g}" for x in (t, times[name].min(), times[name].max())), f"{t / medians['plain step']:.2f}", *speeds,
+                      str(operations), f"{memory:.3g}"])
+    train.write_csv(f"{folder}.csv", table)
+    print(evaluation.table(table))
+
+
+def test_the_bench_measures_every_kind_of_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES, "tiny", (T5, dict(d_model=32, d_ff=48, num_layers=1, num_heads=2)))
+    monkeypatch.setattr(bench, "__defaults__", (1,))               # one timed turn
+    train.main(["--bench", "--model", "tiny", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path)])
+    header, *rows = csv.reader((tmp_path / "bench-tiny-full-migu-s42.csv").read_text().splitlines())
+    by_name = {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
+    assert [*by_name] == ["plain step", *(f"{name}, explicit" for name in migu.CRITERIA),
+                          *(f"{name}, row-sparse" for name in ("magnitude", "random", "weight")), "test", "checkpoint"]
+    assert by_name["plain step"]["of plain"] == "1.00" and "plain step" in capsys.readouterr().out
+    for row in by_name.values():
+        assert 0 < float(row["least"]) <= float(row["seconds"]) <= float(row["most"])
+    assert int(by_name["plain step"]["operations"]) < int(by_name["magnitude, explicit"]["operations"])
+    for more, sparse in ((["--tune", "lora"], False), (["--micro-batch", "1"], False), (["--checkpointing"], True)):
+        train.main(["--bench", "--model", "tiny", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path), *more])
+        assert ("row-sparse" in capsys.readouterr().out) == sparse
+    with pytest.raises(SystemExit):
+        train.main(["--bench", "--model", "no/such", "--device", "cpu", "--out", str(tmp_path)])
+    assert "knows the shapes" in capsys.readouterr().err

@@ -4,19 +4,13 @@
     python train.py --order 1                            # t5-large, full tuning with MIGU, the paper's settings
     python train.py --order 1 2 3 --seed 42 1024 2048 --tune lora --replay 0.02        # nine runs, and a table over them
     python train.py --tasks my_tasks/news my_tasks/mail  # folders with train.json, test.json and labels.json
-
-The method is three lines of train_task().
 """
-import argparse, csv, itertools, json, math, re, resource, shutil, sys, time
-from contextlib import contextmanager
+import argparse, contextlib, csv, itertools, json, math, re, resource, shutil, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np
 import torch
 from tqdm import tqdm
-import data
-import download
-import eval as evaluation
+import data, download, eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD, adapted, add_lora, merge_lora, orthogonality_penalty, plain_weights
 from model import T5, check, load_model, read_json, read_safetensors, save_model, write_file, write_safetensors
 
@@ -25,13 +19,10 @@ THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05, "replay": 
 
 # ---- the command line
 def fail(message):
-    """A user's mistake: one line on stderr, exit code 2."""
-    print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-@contextmanager
+    sys.exit(print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr) or 2)
+@contextlib.contextmanager
 def explained(*errors):
-    """These errors are a user's to mend, and end in one line; any other keeps its traceback."""
+    """These errors are a user's to mend: one line on stderr, exit code 2. Any other keeps its traceback."""
     try:
         yield
     except errors as error:
@@ -65,14 +56,16 @@ def parse_args(argv):
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; trained weights are float32 (default: bfloat16 on cuda)")
     add("--data", default="data", help="folder of the benchmark (default %(default)s)")
     add("--out", default="runs", help="folder of the runs (default %(default)s)")
+    add("--checkpointing", action="store_true", help="less memory, more time: activations are computed again when they are needed")
+    add("--bench", action="store_true", help="time steps and tests of t5-base or another --model, with random weights")
     add("--resume", action="store_true", help="go on with runs that were stopped")
     args = parser.parse_args(argv)
     numbers = [x for x in (args.lr, args.epochs, args.batch_size, args.micro_batch, args.limit) if x is not None]
-    if not all(0 < x < math.inf for x in numbers) or not all(0 <= x <= 1 for x in (args.threshold or 0, args.replay)):
-        fail("--threshold and --replay must be from 0 to 1, and --lr, --epochs, --batch-size, --micro-batch, --limit above 0")
-    if args.demo + bool(args.order) + bool(args.tasks) != 1:
-        fail("say what to train on: --demo, --order 1, or --tasks FOLDER FOLDER")
-    with explained(re.error, RuntimeError, AssertionError):
+    with explained(ValueError, re.error, RuntimeError, AssertionError):
+        check(all(0 < x < math.inf for x in numbers) and all(0 <= x <= 1 for x in (args.threshold or 0, args.replay)),
+              "--threshold and --replay must be from 0 to 1, and --lr, --epochs, --batch-size, --micro-batch, --limit above 0")
+        check(args.demo + args.bench + bool(args.order) + bool(args.tasks) == 1,
+              "say what to do: --demo, --order 1, --tasks FOLDER FOLDER, or --bench")
         re.compile(args.layers)
         torch.zeros(1, device=args.device)
     return args
@@ -82,22 +75,22 @@ def plan(args):
     runs, versions = [], {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     method = [args.tune, args.mask] + [f"replay{args.replay:g}"] * (args.replay > 0) + ["joint"] * args.joint
     threshold = THRESHOLD["replay" if args.replay else args.tune] if args.threshold is None else args.threshold
+    micro_batch = min(args.micro_batch or args.batch_size, args.batch_size)
+    one_pass = args.tune == "full" and micro_batch == args.batch_size and not re.search(args.layers, "lm_head")
     for order, seed in itertools.product(args.order or [None], args.seed):
         tasks = [*data.ORDERS[order]] if order else args.tasks
         names, model = [Path(task).name for task in tasks], Path(args.model).name
-        if len({*names}) < len(names):
-            fail(f"two tasks have the same name: {', '.join(names)}")
-        config = {key: value for key, value in vars(args).items() if key not in ("demo", "out", "resume")}
+        check(len({*names}) == len(names), f"two tasks have the same name: {', '.join(names)}")
+        config = {key: value for key, value in vars(args).items() if key not in ("demo", "bench", "out", "resume")}
         config |= {"order": order, "tasks": tasks, "seed": seed, "model_name": model, "method": " ".join(method), "threshold": threshold,
-                   "criterion": "magnitude" if args.mask == "migu" else args.mask,
-                   "lr": args.lr or LEARNING_RATE[args.tune], "micro_batch": min(args.micro_batch or args.batch_size, args.batch_size),
+                   "criterion": "magnitude" if args.mask == "migu" else args.mask, "micro_batch": micro_batch,
+                   "row_sparse": one_pass and args.mask not in ("gradient", "none"), "lr": args.lr or LEARNING_RATE[args.tune],
                    "dtype": args.dtype or ("bfloat16" if "cuda" in args.device else "float32"), "versions": versions}
         folder = Path(args.out, "-".join([f"order{order}" if order else "+".join(names), model, *method, f"s{seed}"]))
-        if folder.exists() and not args.resume:
-            fail(f"{folder} is in use: add --resume to go on with it, or choose another --out")
+        check(args.resume or not folder.exists(), f"{folder} is in use: add --resume to go on with it, or choose another --out")
         before = read_json(folder / "config.json") if (folder / "config.json").exists() else config
-        if differ := [f"{key} {before.get(key)}, not {config[key]}" for key in config if key != "versions" and config[key] != before.get(key)]:
-            fail(f"{folder} has other arguments: {'; '.join(differ)}")
+        differ = [f"{key} {before.get(key)}, not {config[key]}" for key in config if key != "versions" and config[key] != before.get(key)]
+        check(not differ, f"{folder} has other arguments: {'; '.join(differ)}")
         runs.append((folder, config))
     return runs
 
@@ -107,36 +100,40 @@ def seeded(seed, index):
     sequence = np.random.SeedSequence([seed, index])
     torch.manual_seed(int(sequence.generate_state(1)[0]))
     return np.random.default_rng(sequence)
+def make_optimizer(model, c):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = dict(weight_decay=0.01, fused=model.lm_head.weight.device.type in ("cpu", "cuda"))
+    return torch.optim.SGD(trained, c.lr) if c.optimizer == "sgd" else torch.optim.AdamW(trained, c.lr, **adamw)
+
+def train_step(model, optimizer, masker, batch, c, earlier):
+    """One update by rows of (input ids, labels). Returns loss and fraction of rows kept, () on the device: no step waits for it."""
+    dtype, total = getattr(torch, c.dtype), 0.0
+    targets = lambda rows: sum(label != -100 for _, labels in rows for label in labels)
+    for start in range(0, len(batch), c.micro_batch):
+        part = batch[start:start + c.micro_batch]                  # the loss is the mean over all of the batch's targets
+        with torch.autocast(model.lm_head.weight.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model.loss(**data.collate(*zip(*part))) * (targets(part) / targets(batch))
+        loss.backward()
+        total = total + loss.detach()
+    if c.tune == "olora":
+        orthogonality_penalty(model, earlier, c.l1, c.l2).backward()
+    kept = masker.mask_gradients() if masker else 1.0              # MIGU: the rows of small magnitude get no gradient
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, kept
 
 def train_task(model, rows, c, masked, rng, name, epochs, earlier):
     """Train on rows of (input ids, labels), with a fresh optimizer; returns (step, loss, kept) of each step."""
-    device, dtype = model.lm_head.weight.device, getattr(torch, c.dtype)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adamw = dict(weight_decay=0.01, fused=device.type in ("cpu", "cuda"))
-    optimizer = torch.optim.SGD(trained, c.lr) if c.optimizer == "sgd" else torch.optim.AdamW(trained, c.lr, **adamw)
-    masker = MIGU(model, c.threshold, c.criterion, c.layers) if masked else None
+    optimizer, log = make_optimizer(model, c), []
+    masker = MIGU(model, c.threshold, c.criterion, c.layers, c.row_sparse) if masked else None
     model.train()
-    steps, log = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)], []
-    bar = tqdm(steps, desc=f"train {name}", unit="step")
+    bar = tqdm([batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)], desc=f"train {name}", unit="step")
     for step, batch in enumerate(bar, 1):
-        targets = [sum(label != -100 for label in labels) for _, labels in batch]
-        total = 0.0
-        for start in range(0, len(batch), c.micro_batch):
-            part = slice(start, start + c.micro_batch)
-            share = sum(targets[part]) / sum(targets)              # the loss is the mean over all of the batch's targets
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model.loss(**data.collate(*zip(*batch[part]))) * share
-            loss.backward()
-            total = total + loss.detach()
-        if c.tune == "olora":
-            orthogonality_penalty(model, earlier, c.l1, c.l2).backward()
-        kept = masker.mask_gradients() if masker else 1.0          # MIGU: the rows of small magnitude get no gradient
-        optimizer.step()
-        optimizer.zero_grad()
-        log.append((step, total, kept))
-        if step % 10 == 0 or step == len(steps):                   # reading a number waits for the GPU: not every step
-            bar.set_postfix(loss=f"{float(total):.3f}")
-            if not math.isfinite(total + sum(p.detach().sum() for p in trained)):
+        loss, kept = train_step(model, optimizer, masker, batch, c, earlier)
+        log.append((step, loss, kept))
+        if step % 10 == 0 or step == len(bar):                   # reading a number waits for the GPU: not every step
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+            if not math.isfinite(loss + sum(p.detach().sum() for p in optimizer.param_groups[0]["params"])):
                 raise FloatingPointError(f"loss or weights not finite at step {step} of {name}: lower --lr; what is finished is kept")
     if masker:
         masker.remove()
@@ -145,10 +142,10 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier):
 # ---- one run: the tasks in turn
 def prepare(folder, source, c, finished):
     """The model as it was left, and what is kept of its adapters: LoRA's own, or O-LoRA's earlier A, layer -> (ranks, d_in)."""
-    model, kept = load_model(folder / "model" if finished and c.tune != "lora" else source).to(c.device), {}
+    model, kept = load_model(folder / "model" if finished and c.tune != "lora" else source), {}
+    model.c.checkpointing = c.checkpointing
     if c.tune in ("lora", "olora") and finished:
-        kept = read_safetensors(folder / "adapters" / f"{finished}.safetensors")
-        kept = {name: tensor.to(c.device, copy=True) for name, tensor in kept.items()}
+        kept = {name: t.to(c.device, copy=True) for name, t in read_safetensors(folder / "adapters" / f"{finished}.safetensors").items()}
     seeded(c.seed, 0)
     if c.tune != "full":
         add_lora(model, dtype=getattr(torch, c.dtype))
@@ -158,8 +155,11 @@ def prepare(folder, source, c, finished):
         model.load_state_dict(kept, strict=False)
     else:
         merge_lora(model)                                          # B is zero: the plain model
-    return model, kept
-
+    return model.to(c.device), kept
+def peak_memory(device):
+    """Gigabytes that torch has held on a GPU at most, or the process on a CPU."""
+    cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (torch.cuda.max_memory_allocated(device) if "cuda" in device else cpu) / 1e9
 def learn(model, kept, c, tasks, tokenizer, stage):
     """Train on a task and what is replayed of earlier ones (--joint: on all). Returns what is kept of adapters, log, speeds."""
     now, started, rng = tasks if c.joint else [tasks[stage]], time.perf_counter(), seeded(c.seed, stage)
@@ -182,17 +182,15 @@ def learn(model, kept, c, tasks, tokenizer, stage):
         merge_lora(model)
     seconds, count = time.perf_counter() - started, epochs * len(rows)
     tokens = epochs * sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
-    memory = torch.cuda.max_memory_allocated(c.device) if "cuda" in c.device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return kept, log, {"task": name, "train_seconds": seconds, "train_examples_per_second": count / seconds,
-                       "train_tokens_per_second": tokens / seconds, "peak_memory_gb": memory / 1e9}
-
+                       "train_tokens_per_second": tokens / seconds, "test_seconds": 0.0, "peak_memory_gb": peak_memory(c.device)}
 def write_csv(path, rows):
-    csv.writer(SimpleNamespace(write=(lines := []).append), lineterminator="\n").writerows(rows)
+    csv.writer(argparse.Namespace(write=(lines := []).append), lineterminator="\n").writerows(rows)
     write_file(path, lines)
 
 def run(folder, config, source, tasks, tokenizer):
     """Train on each task, save, test as --eval says. The weights' file also tells what is finished: one rename saves both."""
-    c, names, results = SimpleNamespace(**config), [task.name for task in tasks], folder / "results.json"
+    c, names, results = argparse.Namespace(**config), [task.name for task in tasks], folder / "results.json"
     state = {"stages": [], "matrix": [[None] * len(tasks) for _ in tasks], "log": []}
     with explained(ValueError, OSError):
         if (weights := folder / "model" / "model.safetensors").exists():
@@ -203,8 +201,8 @@ def run(folder, config, source, tasks, tokenizer):
         if finished == stages and results.exists() and len(read_json(results).get("stages", ())) == stages:
             return print("nothing left to do")
         model, kept = prepare(folder, source, c, finished)
-        fits = len(tokenizer.pieces) <= model.c.vocab_size and tokenizer.decoder_only != isinstance(model, T5)
-        check(fits, f"{source}: the tokenizer does not fit the model")
+        check(len(tokenizer.pieces) <= model.c.vocab_size and tokenizer.decoder_only != isinstance(model, T5),
+              f"{source}: the tokenizer does not fit the model")
     write_file(folder / "config.json", [json.dumps(config, indent=1)])
     for stage in range(max(finished - 1, 0), stages):
         if stage >= finished:                                      # else it is trained, and maybe not tested
@@ -215,15 +213,15 @@ def run(folder, config, source, tasks, tokenizer):
             if kept:
                 write_safetensors(folder / "adapters" / f"{stage + 1}.safetensors", kept)
             save_model(model, folder / "model", {"migu": json.dumps(state)}, plain_weights(model))
-        speeds, tested, last = state["stages"][stage] | {"test_seconds": 0.0}, 0, len(tasks) - 1 if c.joint else stage
+        speeds, tested, last = state["stages"][stage], 0, len(tasks) - 1 if c.joint else stage
+        budget = 65536 if "cuda" in c.device and not tokenizer.decoder_only else 16384     # Llama's cache is larger
         for j in range(last + 1) if c.eval == "all" or stage == stages - 1 else ():
             state["matrix"][last][j], predictions, seconds = evaluation.evaluate(
-                model, tokenizer, tasks[j].test, getattr(torch, c.dtype), name=names[j])
+                model, tokenizer, tasks[j].test, getattr(torch, c.dtype), budget, names[j])
             lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
             write_file(folder / "predictions" / f"{last + 1}-{names[last]}" / f"{names[j]}.jsonl", lines)
             tested, speeds["test_seconds"] = tested + len(predictions), speeds["test_seconds"] + seconds
             speeds["test_examples_per_second"] = tested / speeds["test_seconds"]
-        state["stages"][stage] = speeds
         matrix = np.array(state["matrix"], float)
         measures = {name: None if np.isnan(x := getattr(evaluation, name)(matrix)) else x for name in evaluation.MEASURES}
         write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
@@ -244,8 +242,7 @@ def demo(args):
     tasks = [data.load_task("", folder) for folder in known + new]
     seeded(0, 0)
     model = T5(data.DEMO_T5)
-    texts = [text for task in tasks for example in task.train for text in example]
-    model.files["spiece.model"] = data.train_vocabulary(texts, data.DEMO_T5["vocab_size"])
+    model.files["spiece.model"] = data.train_vocabulary([text for task in tasks for example in task.train for text in example])
     save_model(model, root / "untrained")
     learned, rows = root / "untrained", [["", "average accuracy", "backward transfer", "accuracy on the 12 known tasks"]]
     for title, names, settings in (
@@ -256,19 +253,22 @@ def demo(args):
                    "--device", "cpu", "--out", str(root)]
         print(f"\n{title}.\n$ python train.py {' '.join(command)}", flush=True)
         (folder, results), = main(command)
-        known_tests = [example for task in tasks[:12] for example in task.test]
-        skill, _, _ = evaluation.evaluate(load_model(folder / "model"), data.load_tokenizer(learned), known_tests)
+        tests = [example for task in tasks[:len(known)] for example in task.test]
+        skill, *_ = evaluation.evaluate(load_model(folder / "model"), data.load_tokenizer(learned), tests)
         rows.append([title.split(",")[0], *map(evaluation.cell, (results["average_accuracy"], results["backward_transfer"], skill))])
         learned = shutil.copytree(folder / "model", root / "tiny-t5") if names is known else learned
-    gains = [float(migu) - float(plain) for plain, migu in zip(rows[2][1:], rows[3][1:])]
-    print("\n" + evaluation.table(rows) + "\n\nMIGU against plain tuning, seed {}: average accuracy {:+.1f}, backward transfer {:+.1f}, "
-          "known tasks {:+.1f} points.".format(args.seed[0], *gains))
+    gains = [f"{title} {float(migu) - float(plain):+.1f}" for title, _, plain, migu in [*zip(*rows)][1:]]
+    print(f"\n{evaluation.table(rows)}\n\nMIGU against plain tuning, seed {args.seed[0]}, in points: {', '.join(gains)}")
 
 def main(argv=None):
     args = parse_args(argv)
     if args.demo:
         with explained(OSError):
             return demo(args)
+    if args.bench:
+        import test_migu                                           # where claims are shown
+        with explained(ValueError, OSError, torch.OutOfMemoryError):
+            return test_migu.bench(args)
     with explained(ValueError, OSError):
         runs = plan(args)
         needed = {name for _, config in runs for name in config["tasks"]}
@@ -276,7 +276,7 @@ def main(argv=None):
         if not all((folder / f"{part}.json").exists() for folder in folders for part in ("train", "test", "labels")):
             download.fetch_data(args.data)
         tasks = {name: data.load_task(args.data, name, args.limit) for name in sorted(needed)}
-        source = Path(args.model) if args.model[:1] in "./~" or Path(args.model).exists() else download.model_folder(args.model)
+        source = Path(args.model) if args.model[:1] in "./~" or Path(args.model).exists() else Path("models", args.model)
         if source != Path(args.model) and not (source / "config.json").exists():
             download.fetch_model(args.model)
         tokenizer = data.load_tokenizer(source)
