@@ -125,9 +125,9 @@ class LanguageModel(nn.Module):
             ids = new[going, steps] = logits.argmax(-1).cpu()      # the one wait for the device in a step
             more = (~torch.isin(ids, torch.tensor(self.eos))).nonzero().squeeze(1)
             if len(more) < len(going):                             # rows that ended leave the batch
-                cache = {key: [t.index_select(0, send(more, device)) for t in tensors] for key, tensors in cache.items()}
-            going, ids, steps = going[more], ids[more, None], steps + 1
-            real = torch.ones_like(ids, dtype=torch.bool)
+                index = send(more, device)
+                cache = {key: [t.index_select(0, index) for t in tensors] for key, tensors in cache.items()}
+            going, ids, real, steps = going[more], ids[more, None], torch.ones(len(more), 1, dtype=torch.bool), steps + 1
         return new[:, :steps].to(device)
 
 # ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head; v1.1 and Flan with gated GELU and a head of their own
@@ -204,7 +204,8 @@ class T5(LanguageModel):
 
 # ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
 LLAMA_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rope_theta=1e4, rope_scaling=None, rope_parameters=None, mlp_bias=False,
-                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2, checkpointing=False)
+                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2,
+                      checkpointing=False)
 
 def llama_layer(c):
     return nn.ModuleDict({

@@ -158,8 +158,7 @@ def prepare(folder, source, c, finished):
     return model.to(c.device), kept
 def peak_memory(device):
     """Gigabytes that torch has held on a GPU at most, or the process on a CPU."""
-    cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (torch.cuda.max_memory_allocated(device) if "cuda" in device else cpu) / 1e9
+    return (torch.cuda.max_memory_allocated(device) if "cuda" in device else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9
 def learn(model, kept, c, tasks, tokenizer, stage):
     """Train on a task and what is replayed of earlier ones (--joint: on all). Returns what is kept of adapters, log, speeds."""
     now, started, rng = tasks if c.joint else [tasks[stage]], time.perf_counter(), seeded(c.seed, stage)
