@@ -37,8 +37,8 @@ def evaluate(model, tokenizer, examples, dtype=torch.float32, tokens=16384, name
             new = model.generate(**data.collate([sources[i] for i in batch]), max_new_tokens=50)
         for i, ids in zip(batch, new.tolist()):
             predictions[i] = tokenizer.decode(itertools.takewhile(lambda token: token not in model.eos, ids))
-    correct = map(is_correct, predictions, [example.answer for example in examples])
-    return 100 * sum(correct) / len(examples), predictions, time.perf_counter() - started
+    correct = sum(map(is_correct, predictions, [example.answer for example in examples]))
+    return 100 * correct / len(examples), predictions, time.perf_counter() - started
 
 def average_accuracy(matrix):
     """A_T = 1/T sum_t a(T, t): the mean over tasks after the last one."""
@@ -56,8 +56,7 @@ def table(rows):
 def cell(value):
     return "-" if value is None or np.isnan(value) else f"{value:.1f}"
 def matrix_table(tasks, matrix):
-    rows = ([task, *map(cell, row)] for task, row in zip(tasks, matrix) if not np.isnan(row).all())
-    return table([["after \\ on", *tasks], *rows])
+    return table([["after \\ on", *tasks], *([task, *map(cell, row)] for task, row in zip(tasks, matrix) if not np.isnan(row).all())])
 
 def read_runs(folders):
     """(model, method, column) -> results, one a seed, of the folders that have some; column: an order or the tasks."""

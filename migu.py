@@ -46,7 +46,7 @@ class MIGU:
             hide = lambda layer, inputs: setattr(layer.weight, "requires_grad", False)     # until observe(): no dense gradient
             self.hooks += [layer.register_forward_pre_hook(hide) for layer in hooked]
     def observe(self, layer, inputs, output):
-        """Add a training pass's |output|, summed over its tokens; several passes make one step's batch."""
+        """Add a training pass's |output|, summed over its tokens; several passes make one step's batch. See also RowGradient."""
         again = torch._C._current_graph_task_id() >= 0             # --checkpointing repeats passes during backward
         counts = layer.training and torch.is_grad_enabled() and not again
         if counts and self.masks:
@@ -66,8 +66,8 @@ class MIGU:
             raise RuntimeError(f"{name} is to be masked, but had no pass in training mode since the last step")
         return self.magnitude[self.measured[name]]
     def choose(self):
-        """layer -> (d_out, 1), (k,), (k, 1): which rows are masked; the kept ones' ids, filled up with others; which of these
-        are masked. k is a multiple of 16 that a GPU need not be asked for: there, row_sparse gives ties beyond it no gradient."""
+        """layer -> (d_out, 1), (k,), (k, 1): which rows are masked; ids of the kept ones and some others; which of these are masked.
+        k comes from width and threshold, rounded up to 16: no GPU must count. There, row_sparse gives ties beyond k no gradient."""
         widths = {}
         for name, layer in self.layers.items():
             if self.row_sparse or layer.weight.grad is not None:
@@ -81,8 +81,10 @@ class MIGU:
         return self.masks
     @torch.no_grad()
     def mask_gradients(self):
-        """Zero the masked rows' gradients, passing over layers that have none. Returns (): rows kept / rows."""
+        """Zero the masked rows' gradients (row_sparse: they are), where there are gradients. Returns (): rows kept / rows."""
         masks = self.masks or self.choose()
+        if not masks:
+            raise RuntimeError("none of the layers to mask has a gradient")
         for layer, (masked, *_) in () if self.row_sparse else masks.items():
             layer.weight.grad.masked_fill_(masked, 0)
         self.magnitude, self.masks = {}, {}
@@ -127,8 +129,7 @@ def add_lora(model, rank=8, alpha=32, dropout=0.05, dtype=None):
             layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, device=layer.weight.device)
             layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, device=layer.weight.device)
             nn.init.zeros_(layer.lora_B.weight)
-            layer.lora_dropout, layer.scale = nn.Dropout(dropout), alpha / rank
-            layer.adapter = layer.register_forward_hook(add_adapter)
+            layer.lora_dropout, layer.scale, layer.adapter = nn.Dropout(dropout), alpha / rank, layer.register_forward_hook(add_adapter)
         elif dtype and not [*layer.children()]:
             layer.to(dtype)
 

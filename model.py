@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+torch.backends.cuda.enable_cudnn_sdp(False)                        # its backward pass with a mask can give NaN (torch issue 196678)
 # ---- the parts of both models
 def send(tensor, device):
     """To the device; what comes from the CPU goes through pinned memory, so that nobody waits for the GPU."""
@@ -94,7 +95,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config, defaults):
         super().__init__()
         self.config, self.files = config, {}                       # config.json and the tokenizer's files, to be saved again
-        self.c = SimpleNamespace(**{**defaults, **{key: value for key, value in config.items() if value is not None}})
+        self.c = SimpleNamespace(checkpointing=False, **defaults | {key: value for key, value in config.items() if value is not None})
         self.eos = self.c.eos_token_id if isinstance(self.c.eos_token_id, list) else [self.c.eos_token_id]
         self.pad = self.eos[0] if self.c.pad_token_id is None else self.c.pad_token_id
     def forward(self, input_ids, attention_mask, labels=None):
@@ -116,7 +117,7 @@ class LanguageModel(nn.Module):
     def generate(self, input_ids, attention_mask, max_new_tokens):
         """Greedy decoding with a cache: (B, S) -> the new ids (B, new), each row as if alone, padded after its end."""
         ids, real, _, memory = self.inputs(input_ids, attention_mask, None)
-        device, cache, going, steps = self.lm_head.weight.device, {}, torch.arange(len(ids)), 0    # cache: layer -> (keys, values)
+        device, cache, going, steps = self.lm_head.weight.device, {}, torch.arange(len(ids)), 0    # cache: lists of (B, ...)
         new = torch.full((len(ids), max_new_tokens), self.pad)
         while len(going) and steps < max_new_tokens:               # going: the rows that have not ended
             hidden, rows = self.decode(ids, real, cache, *memory)
@@ -126,13 +127,14 @@ class LanguageModel(nn.Module):
             more = (~torch.isin(ids, torch.tensor(self.eos))).nonzero().squeeze(1)
             if len(more) < len(going):                             # rows that ended leave the batch
                 index = send(more, device)
-                cache = {key: [t.index_select(0, index) for t in tensors] for key, tensors in cache.items()}
+                for key in cache:
+                    cache[key] = [tensor.index_select(0, index) for tensor in cache[key]]
             going, ids, real, steps = going[more], ids[more, None], torch.ones(len(more), 1, dtype=torch.bool), steps + 1
         return new[:, :steps].to(device)
 
 # ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head; v1.1 and Flan with gated GELU and a head of their own
 T5_DEFAULTS = dict(feed_forward_proj="relu", num_decoder_layers=None, relative_attention_max_distance=128, dropout_rate=0.1,
-                   tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, checkpointing=False)
+                   tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)     # old files lack these
 T5_FEED_FORWARD = {"relu": (("wi", "wo"), F.relu), "gated-gelu": (("wi_0", "wi_1", "wo"), nn.GELU("tanh"))}
 
 class T5Stack(nn.Module):
@@ -204,8 +206,7 @@ class T5(LanguageModel):
 
 # ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
 LLAMA_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rope_theta=1e4, rope_scaling=None, rope_parameters=None, mlp_bias=False,
-                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2,
-                      checkpointing=False)
+                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2)
 
 def llama_layer(c):
     return nn.ModuleDict({
@@ -292,7 +293,7 @@ def read_header(buffer):
     text = bytes(buffer[8:8 + length])
     check(text.startswith(b"{"), "the header is not a JSON object")
     try:
-        sizes = lambda digits: int(digits) if digits[0] != "-" else digits     # -0 is none
+        sizes = lambda digits: int(digits) if digits[0] != "-" else None       # nothing negative, even -0, is a size
         header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=sizes)
         json.dumps(header, ensure_ascii=False).encode()            # finds halves of surrogate pairs
     except (ValueError, RecursionError) as error:
@@ -301,8 +302,8 @@ def read_header(buffer):
     check(metadata is None or isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()), "__metadata__ is not text")
     for name, entry in header.items():
         check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name}: a wrong entry {entry}")
-        numbers = [entry["shape"], entry["data_offsets"]]
-        check(all(isinstance(x, list) and all(type(n) is int for n in x) for x in numbers), f"{name}: not lists of sizes: {numbers}")
+        check(all(isinstance(entry[key], list) and all(type(n) is int for n in entry[key]) for key in ("shape", "data_offsets")),
+              f"{name}: not lists of sizes: {entry}")
         check(entry["dtype"] in [*DTYPES], f"{name}: dtype {entry['dtype']} is none of torch's")
     table, end = {}, 8 + length
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

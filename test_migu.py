@@ -323,6 +323,8 @@ def test_row_sparse_keeps_ties_and_any_shape_of_input_and_counts_passes():
         layer(torch.ones(3, 2))
     masker.remove()
     assert layer.weight.requires_grad and not layer._forward_hooks and not layer._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="has a gradient"):
+        MIGU(nn.Linear(2, 4)).mask_gradients()
     masker, layer = MIGU(layer, row_sparse=True), layer.eval()
     with pytest.raises(RuntimeError, match="no pass in training mode"):
         layer(torch.ones(3, 2)).sum().backward()
@@ -1497,20 +1499,20 @@ SHARED = {T5: dict(vocab_size=32128, d_kv=64, dropout_rate=0.1, layer_norm_epsil
 
 def bench(args, repeats=5):
     """Time every kind of step, a test and a checkpoint, by turns: random ids, 64 to 256 tokens a prompt, 4 an answer."""
-    args.tasks = ["bench"]
-    (folder, config), = train.plan(args)
-    models.check(args.model in SHAPES or Path(args.model, "config.json").exists(),
-                 f"--bench knows the shapes {', '.join(SHAPES)}, or takes a model's folder, and {args.model} is neither")
-    c, device, rng = types.SimpleNamespace(**config), torch.device(args.device), train.seeded(args.seed[0], 0)
+    args.tasks, args.mask, args.seed = ["bench"], "migu", args.seed[:1]
+    with train.explained(ValueError, OSError):
+        (folder, config), = train.plan(args)
+        c, device, rng = types.SimpleNamespace(**config), torch.device(args.device), train.seeded(args.seed[0], 0)
+        models.check(args.model in SHAPES or Path(args.model, "config.json").exists(),
+                     f"--bench knows the shapes {', '.join(SHAPES)}, or takes a model's folder, and {args.model} is neither")
+        kind, shape = SHAPES.get(args.model, (None, None))
+        with device if c.tune == "full" else torch.device("cpu"):  # a model with adapters gets smaller before it moves
+            model = kind({**SHARED[kind], **shape}) if kind else load_model(args.model)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     gpu, dtype = device.type == "cuda", getattr(torch, c.dtype)
-    if args.model in SHAPES:
-        kind, shape = SHAPES[args.model]
-        with device:
-            model = kind({**SHARED[kind], **shape})
-    else:
-        model = load_model(args.model).to(device)
     if c.tune != "full":
         add_lora(model, dtype=dtype)
+    model = model.to(device)
     model.c.checkpointing, model.eos = c.checkpointing, []         # no answer ends early
     optimizer = train.make_optimizer(model, c)
     sources = [rng.integers(3, model.c.vocab_size, length).tolist() for length in rng.integers(64, 257, c.batch_size)]
@@ -1533,7 +1535,6 @@ def bench(args, repeats=5):
     kinds |= {f"{name}, explicit": (step, (name, c.layers)) for name in migu.CRITERIA}
     kinds |= {f"{name}, row-sparse": (step, (name, c.layers, True)) for name in migu.CRITERIA if c.row_sparse and name != "gradient"}
     kinds |= {"test": (test, None), "checkpoint": (checkpoint, None), "matrix product": (lambda _: torch.mm(*factors), None)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
     counts, seconds = {}, {name: [] for name in kinds}
     step(None)                                                     # the optimizer takes its memory
     for turn, name in tqdm([*itertools.product(range(repeats + 1), kinds)], desc="bench"):
@@ -1565,8 +1566,8 @@ def bench(args, repeats=5):
         if name != "checkpoint":
             speeds = [f"{len(rows) / t:.4g}", f"{tokens / t:.4g}", f"{flops / t / peak:.1%}"]
         table.append([name, *(f"{x:.4g}" for x in (t, times[name].min(), times[name].max())), f"{t / medians['plain step']:.2f}", *speeds,
-                      str(operations), f"{memory:.3g}"])
-    train.write_csv(f"{folder}.csv", table)
+                      str(operations), f"{memory:.3g}" if gpu else ""])
+    train.write_csv(f"{folder}-batch{c.batch_size}-{c.dtype}-{device.type}.csv", table)
     print(evaluation.table(table))
 
 
@@ -1574,7 +1575,7 @@ def test_the_bench_measures_every_kind_of_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "tiny", (T5, dict(d_model=32, d_ff=48, num_layers=1, num_heads=2)))
     monkeypatch.setattr(bench, "__defaults__", (1,))               # one timed turn
     train.main(["--bench", "--model", "tiny", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path)])
-    header, *rows = csv.reader((tmp_path / "bench-tiny-full-migu-s42.csv").read_text().splitlines())
+    header, *rows = csv.reader((tmp_path / "bench-tiny-full-migu-s42-batch2-float32-cpu.csv").read_text().splitlines())
     by_name = {row[0]: dict(zip(header[1:], row[1:])) for row in rows}
     assert [*by_name] == ["plain step", *(f"{name}, explicit" for name in migu.CRITERIA),
                           *(f"{name}, row-sparse" for name in ("magnitude", "random", "weight")), "test", "checkpoint"]
@@ -1588,3 +1589,6 @@ def test_the_bench_measures_every_kind_of_step(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(["--bench", "--model", "no/such", "--device", "cpu", "--out", str(tmp_path)])
     assert "knows the shapes" in capsys.readouterr().err
+    monkeypatch.setattr(train, "train_step", lambda *_: [].remove(1))
+    with pytest.raises(ValueError):                                # a programming error keeps its traceback
+        train.main(["--bench", "--model", "tiny", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path)])
