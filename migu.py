@@ -7,9 +7,9 @@ updates those alone, so that tasks wear each other's weights out less, without o
     M_i = 1 if n_i >= the T-quantile of n, else 0        T = 0.7 keeps the top 30 % of the neurons
     W  <-  W - lr * M * dL/dW                            row i of the gradient is multiplied by M_i
 
-Masked are the weights of linear layers: all but the output head, unless `layers` chooses others. Not masked: embeddings, norms,
-biases, T5's position tables. With SGD a masked row stays as it is. With AdamW it may still move: its gradient is zero, but the
-momentum of steps in which it was kept goes on, and weight decay shrinks every row. The step itself is in train.py.
+Masked are the weights of linear layers, all but the output head unless `layers` chooses others; not embeddings, norms, biases,
+T5's position tables. With SGD a masked row stays as it is. With AdamW it may still move: its momentum goes on, and weight decay
+shrinks every row. In use: masker = MIGU(model), and masker.mask_gradients() between loss.backward() and optimizer.step().
 """
 import math, re
 import torch
