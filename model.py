@@ -76,7 +76,7 @@ class FeedForward(nn.Module):
         h = self.act(first(x))
         return out(self.dropout(h * gate[0](x) if gate else h))
 
-def run(part, again, *inputs):
+def checkpointed(part, again, *inputs):
     """part(*inputs); again: nothing of what it computes inside is kept, the backward pass computes it again."""
     return torch.utils.checkpoint.checkpoint(part, *inputs, use_reentrant=False) if again and torch.is_grad_enabled() else part(*inputs)
 def rotate(x, cos, sin):
@@ -169,7 +169,7 @@ class T5Stack(nn.Module):
         x = self.dropout(x)
         for layer in itertools.chain(*(block.layer for block in self.block)):
             name, part = next(iter(layer.items()))
-            x = x + self.dropout(run(part, self.c.checkpointing, layer.layer_norm(x), *context[name]))
+            x = x + self.dropout(checkpointed(part, self.c.checkpointing, layer.layer_norm(x), *context[name]))
         return self.dropout(self.final_layer_norm(x))
 
 class T5(LanguageModel):
@@ -245,8 +245,8 @@ class Llama(LanguageModel):
         bias, rope = attention_bias(rows.causal & rows.mask[:, None, None, :], self.lm_head.weight), (angles.cos(), angles.sin())
         x = self.model.embed_tokens(rows.pack(send(ids, rows.mask.device)))
         for layer in self.model.layers:
-            x = x + run(layer.self_attn, self.c.checkpointing, layer.input_layernorm(x), rows, bias, cache, rope)
-            x = x + run(layer.mlp, self.c.checkpointing, layer.post_attention_layernorm(x))
+            x = x + checkpointed(layer.self_attn, self.c.checkpointing, layer.input_layernorm(x), rows, bias, cache, rope)
+            x = x + checkpointed(layer.mlp, self.c.checkpointing, layer.post_attention_layernorm(x))
         return self.model.norm(x), rows
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes

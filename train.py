@@ -107,12 +107,12 @@ def make_optimizer(model, c):
 
 def train_step(model, optimizer, masker, batch, c, earlier):
     """One update by rows of (input ids, labels). Returns loss and fraction of rows kept, () on the device: no step waits for it."""
-    dtype, total = getattr(torch, c.dtype), 0.0
     targets = lambda rows: sum(label != -100 for _, labels in rows for label in labels)
+    dtype, total, whole = getattr(torch, c.dtype), 0.0, targets(batch)
     for start in range(0, len(batch), c.micro_batch):
         part = batch[start:start + c.micro_batch]                  # the loss is the mean over all of the batch's targets
         with torch.autocast(model.lm_head.weight.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model.loss(**data.collate(*zip(*part))) * (targets(part) / targets(batch))
+            loss = model.loss(**data.collate(*zip(*part))) * (targets(part) / whole)
         loss.backward()
         total = total + loss.detach()
     if c.tune == "olora":
@@ -131,7 +131,7 @@ def train_task(model, rows, c, masked, rng, name, epochs, earlier):
     for step, batch in enumerate(bar, 1):
         loss, kept = train_step(model, optimizer, masker, batch, c, earlier)
         log.append((step, loss, kept))
-        if step % 10 == 0 or step == len(bar):                   # reading a number waits for the GPU: not every step
+        if step % 10 == 0 or step == len(bar):                     # reading a number waits for the GPU: not every step
             bar.set_postfix(loss=f"{float(loss):.3f}")
             if not math.isfinite(loss + sum(p.detach().sum() for p in optimizer.param_groups[0]["params"])):
                 raise FloatingPointError(f"loss or weights not finite at step {step} of {name}: lower --lr; what is finished is kept")
