@@ -1,119 +1,271 @@
-"""How good a model is on a task, and how much of a sequence of tasks is forgotten:  python eval.py runs/* [--plot]
+"""How good a model is on a task, and how much of a sequence of tasks it forgets.
 
-matrix[i, j] is the accuracy on task j after training on task i, in percent; NaN where it was not measured.
+    python eval.py runs/*           # tables: a row a method, a column an order
+    python eval.py runs/* --plot    # and a picture of every task's accuracy over the sequence
+
+matrix[i, j] is the accuracy on task j after training on task i, in percent; NaN: not measured.
 """
-import argparse, itertools, re, string, sys, time
+
+import argparse
+import json
+import string
+import unicodedata
 from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
-import data
-from model import read_json
 
-PAPER = {"full none": (74.4, 75.0, 77.5, 70.6, 69.7, 65.6), "full none replay0.02": (77.4, 77.1, 77.9),     # table 8, by order
-         "full migu": (78.3, 79.8, 78.3, 77.1, 73.6, 70.7), "full migu replay0.02": (80.8, 77.0, 78.0),
-         "lora none": (60.7, 70.0, 73.1, 53.7, 44.4, 39.8), "lora none replay0.02": (77.1, 73.4, 73.2, 74.5, 75.4, 75.7),
-         "lora migu": (74.8, 71.6, 73.5, 66.9, 64.8, 51.8), "lora migu replay0.02": (77.8, 75.1, 75.9, 75.4, 76.8, 77.2),
-         "inclora none": (67.0, 66.7, 72.6, 65.5, 64.9, 63.9), "inclora migu": (77.2, 76.7, 75.4, 71.3, 67.7, 67.3),
-         "olora none": (77.1, 76.2, 76.6, 68.4, 68.8, 71.4), "olora migu": (77.1, 77.0, 75.6, 67.3, 68.5, 74.2)}
-MEASURES = ("average_accuracy", "backward_transfer", "forgetting")
+import data
+from model import Parser, check, one_line_errors, read_json
+
+# What runs of one row of a table may differ in: the seed, the tasks, and where they ran.
+NOT_SETTINGS = "seed order tasks model_name versions device data checkpointing row_sparse".split()
+MASK_SETTINGS = "mask threshold layers mask_first method".split()
+
+
+# ---- a model on a task
+
 
 def normalize(text):
-    """What is compared: lower case, no punctuation, single spaces. Articles stay."""
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
-def is_correct(prediction, answer):
-    return answer != data.UNKNOWN and normalize(prediction) == normalize(answer)
+    """What is compared: NFKC, lower case, no ASCII punctuation, single spaces. Articles stay."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = text.translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.split())
 
-def evaluate(model, tokenizer, examples, dtype=torch.float32, tokens=16384, name=""):
-    """(accuracy in percent, greedy answers, seconds). Longest first, in batches of at most `tokens` tokens with padding."""
-    started, device = time.perf_counter(), model.eval().lm_head.weight.device
-    sources = [tokenizer.source(example.prompt) for example in examples]
-    waiting, batches, predictions = sorted(range(len(sources)), key=lambda i: -len(sources[i])), [], [""] * len(sources)
+
+def is_correct(prediction, answer):
+    """An answer of which nothing is left, such as "-" for unknown, is never met."""
+    expected = normalize(answer)
+    return expected != "" and normalize(prediction) == expected
+
+
+def check_task(task, tokenizer, longest=50):
+    """UserError unless each label can be written, read back and told from the others."""
+    meanings = {}
+    for label in task.labels:
+        ids = tokenizer.encode(label)
+        back, meaning = tokenizer.decode(ids), normalize(label)
+        where = f"task {task.name}: label {label!r}"
+        check(meaning, f"{where}: nothing of it is left when answers are compared: rename it")
+        check(len(ids) < longest, f"{where} has {len(ids)} tokens: more than {longest - 1}")
+        same = normalize(back) == meaning
+        check(same, f"{where} comes back from this model's tokenizer as {back!r}: rename it")
+        other = meanings.setdefault(meaning, label)
+        check(other == label, f"{where} counts as the same answer as {other!r}: rename one")
+
+
+def until_end(ids, ends):
+    for n, token in enumerate(ids):
+        if token in ends:
+            return ids[:n]
+    return ids
+
+
+def evaluate(model, tokenizer, sources, dtype=torch.float32, tokens=16384, name=""):
+    """Greedy answers to rows of ids. Longest first, in batches of so many tokens with padding."""
+    model.eval()
+    waiting = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    batches = []
     while waiting:
-        batches.append(waiting[:max(1, tokens // len(sources[waiting[0]]))])
-        del waiting[:len(batches[-1])]
+        size = max(1, tokens // len(sources[waiting[0]]))
+        batches.append(waiting[:size])
+        waiting = waiting[size:]
+    predictions = [""] * len(sources)
     for batch in tqdm(batches, desc=f"test {name}", leave=False):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            new = model.generate(**data.collate([sources[i] for i in batch]), max_new_tokens=50)
+        inputs = data.collate([sources[i] for i in batch])
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            new = model.generate(**inputs, max_new_tokens=50)
         for i, ids in zip(batch, new.tolist()):
-            predictions[i] = tokenizer.decode(itertools.takewhile(lambda token: token not in model.eos, ids))
-    correct = sum(map(is_correct, predictions, [example.answer for example in examples]))
-    return 100 * correct / len(examples), predictions, time.perf_counter() - started
+            predictions[i] = tokenizer.decode(until_end(ids, model.eos))
+    return predictions
+
+
+def accuracy(predictions, examples):
+    """Percent of the predictions that are their example's answer."""
+    correct = [is_correct(p, example.answer) for p, example in zip(predictions, examples)]
+    return 100 * sum(correct) / len(correct)
+
+
+# ---- measures of a sequence of tasks
+
 
 def average_accuracy(matrix):
     """A_T = 1/T sum_t a(T, t): the mean over tasks after the last one."""
     return float(np.mean(matrix[-1]))
+
+
 def backward_transfer(matrix):
     """1/(T-1) sum_{t<T} a(T, t) - a(t, t) (Lopez-Paz & Ranzato 2017); NaN for a single task."""
-    return float((matrix[-1] - matrix.diagonal())[:-1].mean()) if len(matrix) > 1 else np.nan
+    if len(matrix) == 1:
+        return np.nan
+    change = matrix[-1] - matrix.diagonal()
+    return float(change[:-1].mean())
+
+
 def forgetting(matrix):
-    """1/(T-1) sum_{t<T} max_{k<T} a(k, t) - a(T, t) (Chaudhry et al. 2018), max: of those measured; NaN for one task."""
-    return float((np.fmax.reduce(matrix[:-1], 0, initial=np.nan) - matrix[-1])[:-1].mean()) if len(matrix) > 1 else np.nan
+    """1/(T-1) sum_{t<T} max_{k<T} a(k, t) - a(T, t) (Chaudhry et al. 2018); NaN for one task."""
+    if len(matrix) == 1:
+        return np.nan
+    best = np.fmax.reduce(matrix[:-1], axis=0)  # of those that were measured
+    return float((best - matrix[-1])[:-1].mean())
+
+
+MEASURES = (average_accuracy, backward_transfer, forgetting)
+
+
+def measures(matrix):
+    """name -> value, None where it was not measured."""
+    values = {measure.__name__: measure(matrix) for measure in MEASURES}
+    return {name: None if np.isnan(value) else value for name, value in values.items()}
+
+
+# ---- tables
+
 
 def table(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
+    """Rows of text, in columns: the first to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
 def cell(value):
     return "-" if value is None or np.isnan(value) else f"{value:.1f}"
+
+
 def matrix_table(tasks, matrix):
-    return table([["after \\ on", *tasks], *([task, *map(cell, row)] for task, row in zip(tasks, matrix) if not np.isnan(row).all())])
+    rows = [["after \\ on", *tasks]]
+    for task, accuracies in zip(tasks, matrix):
+        if not np.isnan(accuracies).all():
+            rows.append([task, *(cell(value) for value in accuracies)])
+    return table(rows)
+
+
+# ---- tables and pictures over runs
+
+
+def settings_of(config, but=()):
+    """What runs must share to stand in one row, as text."""
+    shared = {key: x for key, x in config.items() if key not in (*NOT_SETTINGS, *but)}
+    return json.dumps(shared, sort_keys=True)
+
 
 def read_runs(folders):
-    """(model, method, column) -> results, one a seed, of the folders that have some; column: an order or the tasks."""
-    folders, runs = [Path(folder) for folder in folders if Path(folder, "results.json").exists()], {}
-    if not folders:
-        raise FileNotFoundError("no results in these folders: give those that train.py wrote, such as runs/*")
+    """settings -> column -> seed -> (config, results); a note for each run that is not counted."""
+    folders = [Path(folder) for folder in folders if Path(folder, "results.json").exists()]
+    check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
+    rows, notes = {}, []
     for folder in folders:
         config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
-        where = f"{folder.parent} " if len({f.parent for f in folders}) > 1 else ""
-        column = f"order {config['order']}" if config["order"] else " ".join(results["tasks"])
-        runs.setdefault((where + config["model_name"], config["method"], column), []).append(results)
-    return runs
-def row(label, seeds, model, method, columns):
-    """Mean and std over seeds in each column, the columns' mean, its gain over the same tuning and replay unmasked."""
-    unmasked = re.sub(r" \w+", " none", method, count=1)
-    ours, plain = ([seeds.get((model, m, column), np.array([np.nan])) for column in columns] for m in (method, unmasked))
-    mean, baseline = np.mean([x.mean() for x in ours]), np.mean([x.mean() for x in plain])
-    cells = [cell(x.mean()) + (f" ± {x.std(ddof=1):.1f} ({len(x)} seeds)" if len(x) > 1 and np.isfinite(x.mean()) else "") for x in ours]
-    return [label, *cells, cell(mean), "" if method == unmasked or np.isnan(mean - baseline) else f"{mean - baseline:+.1f}"]
+        order, seed = config["order"], config["seed"]
+        column = f"order {order}" if order else " ".join(results["tasks"])
+        if results["average_accuracy"] is None:
+            notes.append(f"not counted, as it is not finished: {folder}")
+            continue
+        seeds = rows.setdefault(settings_of(config), {}).setdefault(column, {})
+        if seed in seeds:
+            notes.append(f"not counted, as it repeats another: {folder}")
+        seeds.setdefault(seed, (config, results))
+    return rows, notes
+
+
+def row_names(rows):
+    """settings -> model, method, and in what it differs from other rows of that name."""
+    configs = {}
+    for settings, columns in rows.items():
+        configs[settings], _ = next(iter(next(iter(columns.values())).values()))
+    names = {}
+    for settings, config in configs.items():
+        words = [config["model_name"], config["method"]]
+        alike = [c for c in configs.values() if [c["model_name"], c["method"]] == words]
+        for key, value in json.loads(settings).items():
+            if any(other.get(key) != value for other in alike):
+                words.append(f"{key} {value}")
+        names[settings] = " ".join(words)
+    return dict(sorted(names.items(), key=lambda item: item[1])), configs
+
+
 def compare(folders):
-    """A table a measure: a row a method, a column an order; under t5-large's accuracies those of the paper's table 8."""
-    runs, tables = read_runs(folders), []
-    methods, columns = sorted({key[:2] for key in runs}), sorted({key[2] for key in runs})
-    paper = {("paper", method, f"order {n}"): np.array([x]) for method, xs in PAPER.items() for n, x in enumerate(xs, 1)}
-    for measure in MEASURES:
-        seeds = {key: np.array([results[measure] for results in found], float) for key, found in runs.items()}
-        rows = [[measure.replace("_", " "), *columns, "mean", "gain over no mask"]]
-        for model, method in methods:
-            rows.append(row(f"{model} {method}", seeds, model, method, columns))
-            if model.split()[-1] == "t5-large" and measure == "average_accuracy":
-                rows.append(row("  in the paper", paper, "paper", method, columns))
-        tables.append(table(rows))
-    return "\n\n".join(tables)
+    """A table a measure: mean, std over seeds, and the gain over the same runs without a mask."""
+    rows, notes = read_runs(folders)
+    names, configs = row_names(rows)
+    columns = sorted({column for row in rows.values() for column in row})
+    unmasked = {}
+    for settings, config in configs.items():
+        if config["mask"] == "none":
+            unmasked[settings_of(config, MASK_SETTINGS)] = rows[settings]
+    tables = []
+    for measure in (function.__name__ for function in MEASURES):
+        lines = [[measure.replace("_", " "), *columns, "mean", "gain over no mask"]]
+        for settings, name in names.items():
+            plain = unmasked.get(settings_of(configs[settings], MASK_SETTINGS))
+            lines.append([name, *row_cells(rows[settings], plain, columns, measure)])
+        tables.append(table(lines))
+    return "\n\n".join(tables + notes)
+
+
+def row_cells(row, plain, columns, measure):
+    """A cell a column, the mean over columns, and its gain where plain has the same seeds."""
+    cells, means, gains = [], [], []
+    for column in columns:
+        seeds = row.get(column, {})
+        values = np.array([results[measure] for _, results in seeds.values()] or [np.nan], float)
+        text = cell(values.mean())
+        if len(values) > 1 and text != "-":
+            text += f" ± {values.std(ddof=1):.1f} ({len(values)} seeds)"
+        cells.append(text)
+        means.append(values.mean())
+        if plain and plain.get(column, {}).keys() == seeds.keys():
+            gains.append(
+                values.mean() - np.mean([plain[column][s][1][measure] or 0 for s in seeds])
+            )
+    gain = np.mean(gains) if len(gains) == len(columns) and plain is not row else np.nan
+    return [*cells, cell(np.mean(means)), "" if np.isnan(gain) else f"{gain:+.1f}"]
+
 
 def plot(folders, file):
-    """A picture of the mean accuracy over the tasks so far, after each task, for each method (needs --eval all)."""
+    """A panel a task: its accuracy after each task, a line a method, the mean over seeds."""
     from matplotlib.figure import Figure
-    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
-    for key, seeds in sorted(read_runs(folders).items()):
-        matrix = np.mean([np.array(results["matrix"], float) for results in seeds], 0)
-        means = {str(i): row[:i].mean() for i, row in enumerate(matrix, 1)}
-        axes.plot(means.keys(), means.values(), marker="o", label="{} {}, {}".format(*key))
-    axes.set(xlabel="tasks learned", ylabel="mean accuracy on them, %", ylim=(0, 102))
-    axes.legend()
-    axes.figure.savefig(file, dpi=150)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders; others are passed over")
-    parser.add_argument("--plot", nargs="?", const="runs.png", metavar="FILE", help="draw the accuracies (default runs.png)")
-    args = parser.parse_args()
-    try:
+    rows, _ = read_runs(folders)
+    names, _ = row_names(rows)
+    columns = sorted({column for row in rows.values() for column in row})
+    tasks = {}
+    for row in rows.values():
+        for column, seeds in row.items():
+            tasks[column] = next(iter(seeds.values()))[1]["tasks"]
+    most = max(len(names) for names in tasks.values())
+    figure = Figure(figsize=(2.2 * most + 1, 2.4 * len(columns) + 0.6), layout="constrained")
+    panels = figure.subplots(len(columns), most, sharey=True, squeeze=False)
+    for column, line in zip(columns, panels):
+        for settings, name in names.items():
+            runs = rows[settings].get(column, {}).values()
+            matrices = [np.array(results["matrix"], float) for _, results in runs]
+            for j, task in enumerate(tasks[column] if matrices else ()):
+                accuracies = np.mean(matrices, 0)[:, j]
+                line[j].plot(range(1, len(accuracies) + 1), accuracies, marker=".", label=name)
+                line[j].set(title=task, xlabel="tasks learned", ylim=(-2, 102))
+        line[0].set_ylabel(f"{column}: accuracy, %")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center")
+    figure.savefig(file, dpi=120)
+
+
+def main(argv=None):
+    with one_line_errors("eval.py"):
+        parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add = parser.add_argument
+        add("runs", nargs="+", help="run folders; others are passed over")
+        add("--plot", nargs="?", const="runs.png", metavar="FILE", help="(default runs.png)")
+        args = parser.parse_args(argv)
         print(compare(args.runs))
         if args.plot:
             plot(args.runs, args.plot)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
+
 
 if __name__ == "__main__":
     main()

@@ -1,155 +1,298 @@
-"""MIGU: magnitude-based gradient updating (Du et al., EMNLP 2024 Findings, sections 3.2 and 3.3).
+"""MIGU: magnitude-based gradient updating (Du et al., EMNLP 2024 Findings, section 3).
 
-A linear layer computes h = x W^T. Its output neuron i has the magnitude n_i: |h_i|, summed over the tokens of the current batch
-(the paper divides by constants that a quantile does not see). Which neurons are large differs from task to task, and MIGU
-updates those alone, so that tasks wear each other's weights out less, without old data or task labels:
+A linear layer computes h = x W^T. Its output neuron i has the magnitude n_i = |h_i|, summed over
+all tokens of the current batch. Which neurons are large differs from task to task, and MIGU updates
+only those, so that tasks wear out each other's weights less; no old data, no task labels:
 
-    M_i = 1 if n_i >= the T-quantile of n, else 0        T = 0.7 keeps the top 30 % of the neurons
-    W  <-  W - lr * M * dL/dW                            row i of the gradient is multiplied by M_i
+    M_i = 1 if n_i reaches the T-quantile of n, else 0      T = 0.7 keeps the top 30 % of the rows
+    W  <-  W - lr * M * dL/dW                               row i of the gradient times M_i
 
-Masked are the weights of linear layers, all but the output head unless `layers` chooses others; not embeddings, norms, biases,
-T5's position tables. With SGD a masked row stays as it is. With AdamW it may still move: its momentum goes on, and weight decay
-shrinks every row. In use: masker = MIGU(model), and masker.mask_gradients() between loss.backward() and optimizer.step().
+Masked are the weights of linear layers, except the output head; not embeddings, norms or biases.
+With SGD a masked row stays as it is. With AdamW it may still move, by momentum and weight decay.
+
+    masker = MIGU(model)
+    loss.backward()
+    masker.mask_gradients()
+    optimizer.step()
 """
-import math, re
+
+import math
+import re
+from fractions import Fraction
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-CRITERIA = ("magnitude", "random", "gradient", "weight")
 NOT_THE_HEAD = r"^(?!lm_head$)"
 
-def keep_rows(magnitude, threshold):
-    """(..., d_out) -> bool (..., d_out): what reaches the threshold-quantile (linear interpolation; ties are all kept)."""
-    return magnitude >= torch.quantile(magnitude.float(), threshold, dim=-1, keepdim=True)
-def l1(matrix, dim):                                               # in fp32, as sums of bf16 stall; on each device the faster way
-    return matrix.abs().sum(dim, dtype=torch.float32) if matrix.is_cpu else torch.linalg.vector_norm(matrix, 1, dim, dtype=torch.float32)
+
+# ---- the method
+
+
+def rows_masked(rows, threshold):
+    """How many of n rows lie below their T-quantile, which is at rank T (n - 1), counted from 0.
+
+    str() and Fraction make 7/100 of 0.07, which as a float is a little more.
+    """
+    return math.ceil(Fraction(str(threshold)) * (rows - 1))
+
+
+def keep_rows(scores, threshold):
+    """(d_out,) -> bool (d_out,): the scores that reach their T-quantile, ties included."""
+    lowest_kept = scores.kthvalue(rows_masked(len(scores), threshold) + 1).values
+    return scores >= lowest_kept
+
+
+def by_magnitude(layer, magnitude):
+    """The method: how large the outputs were."""
+    return magnitude
+
+
+def by_chance(layer, magnitude):
+    """A baseline: other rows in each step."""
+    return torch.rand(layer.out_features, device=layer.weight.device)
+
+
+def by_gradient(layer, magnitude):
+    """Table 11: L1 norm of the gradient of each row."""
+    return layer.weight.grad.abs().sum(1, dtype=torch.float32)
+
+
+def by_weight(layer, magnitude):
+    """Table 11: L1 norm of each row."""
+    return layer.weight.abs().sum(1, dtype=torch.float32)
+
+
+# Each maps a layer and its magnitude (d_out,) to the scores (d_out,) that rank its rows.
+CRITERIA = {
+    "magnitude": by_magnitude,
+    "random": by_chance,
+    "gradient": by_gradient,
+    "weight": by_weight,
+}
+
+
+def layers_to_mask(model, pattern):
+    """name -> trained linear layer; the pattern is searched for in the names."""
+    modules = model.named_modules()
+    linear = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+    trained = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
+    chosen = {}
+    for name, layer in trained.items():
+        # An adapter goes by the name of the layer that it adapts.
+        if re.search(pattern, re.sub(r"\.lora_[AB]$", "", name)):
+            chosen[name] = layer
+    if not chosen:
+        some = ", ".join(list(trained)[:3])
+        raise ValueError(
+            f"{pattern!r} is found in none of the trained linear layers, such as {some}"
+        )
+    return chosen
+
 
 class MIGU:
-    """Masks gradients by rows: largest "magnitude" (the method), "gradient" or "weight" norm (table 11), or "random" rows.
-    row_sparse: masked rows' gradients are not even computed; for one pass a step, no adapters, and weights used in one place."""
-    def __init__(self, model, threshold=0.7, criterion="magnitude", layers=NOT_THE_HEAD, row_sparse=False):
+    """Zeroes the gradients of the rows that score lowest, between backward() and step()."""
+
+    def __init__(self, model, threshold=0.7, criterion="magnitude", layers=NOT_THE_HEAD):
         if criterion not in CRITERIA or not 0 <= threshold <= 1:
-            raise ValueError(f"criterion {criterion!r} must be one of {CRITERIA}, and threshold {threshold} from 0 to 1")
-        trained = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad}
-        self.layers = {name: layer for name, layer in trained.items() if re.search(layers, re.sub(r"\.lora_[AB]$", "", name))}
-        if not self.layers:
-            raise ValueError(f"{layers!r} selects none of the linear layers that are trained, such as {', '.join([*trained][:3])}")
-        self.threshold, self.criterion, self.row_sparse = threshold, criterion, row_sparse
-        self.measured = {name: model.get_submodule(name.removesuffix(".lora_B")) for name in self.layers}
-        self.magnitude, self.masks = {}, {}                        # of this step so far: measured layer -> (d_out,) fp32; see choose()
-        hooked = {*self.measured.values()} if criterion == "magnitude" or row_sparse else ()
-        self.hooks = [layer.register_forward_hook(self.observe) for layer in hooked]
-        if row_sparse:
-            uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-            if criterion == "gradient" or adapted(model) or any(uses.count(id(layer.weight)) > 1 for layer in hooked):
-                raise ValueError("row_sparse goes neither with the criterion gradient, nor with adapters, nor with tied weights")
-            hide = lambda layer, inputs: setattr(layer.weight, "requires_grad", False)     # until observe(): no dense gradient
-            self.hooks += [layer.register_forward_pre_hook(hide) for layer in hooked]
-    def observe(self, layer, inputs, output):
-        """Add a training pass's |output|, summed over its tokens; several passes make one step's batch. See also RowGradient."""
-        again = torch._C._current_graph_task_id() >= 0             # --checkpointing repeats passes during backward
-        counts = layer.training and torch.is_grad_enabled() and not again
-        if counts and self.masks:
-            raise RuntimeError("row_sparse needs all of a step in one pass")
-        if counts and self.criterion == "magnitude":
-            self.magnitude[layer] = self.magnitude.get(layer, 0) + l1(output.detach().reshape(-1, layer.out_features), 0)
-        if self.row_sparse:
-            return RowGradient.apply(output, inputs[0], layer.weight.requires_grad_(), layer, self)
-    def score(self, name):
-        """(d_out,): what a layer's rows are ranked by."""
-        layer = self.layers[name]
-        if self.criterion == "random":
-            return torch.rand(layer.out_features, device=layer.weight.device)
-        if self.criterion != "magnitude":
-            return l1(layer.weight.grad if self.criterion == "gradient" else layer.weight, 1)
-        if self.measured[name] not in self.magnitude:
-            raise RuntimeError(f"{name} is to be masked, but had no pass in training mode since the last step")
-        return self.magnitude[self.measured[name]]
-    def choose(self):
-        """layer -> (d_out, 1), (k,), (k, 1): which rows are masked; ids of the kept ones and some others; which of these are masked.
-        k comes from width and threshold, rounded up to 16: no GPU must count. There, row_sparse gives ties beyond k no gradient."""
-        widths = {}
-        for name, layer in self.layers.items():
-            if self.row_sparse or layer.weight.grad is not None:
-                widths.setdefault(layer.out_features, []).append(name)
-        for width, names in widths.items():                        # one quantile for all layers of a width
-            masked = ~keep_rows(torch.stack([self.score(name) for name in names]), self.threshold)
-            most = math.ceil((1 - self.threshold) * (width - 1)) + 1              # without ties; a CPU can count them
-            most = max(most, int((~masked).sum(1).max())) if masked.device.type == "cpu" else most
-            ids = masked.int().sort(dim=1, stable=True).indices[:, :-(-most // 16) * 16]
-            self.masks |= zip(map(self.layers.get, names), zip(masked[:, :, None], ids, masked.gather(1, ids)[:, :, None]))
-        return self.masks
+            wanted = f"one of {', '.join(CRITERIA)}, and a threshold from 0 to 1"
+            raise ValueError(f"criterion {criterion!r}, threshold {threshold}: MIGU takes {wanted}")
+        self.threshold = threshold
+        self.score = CRITERIA[criterion]
+        self.layers = layers_to_mask(model, layers)
+        self.magnitude = {}  # name of a layer -> (d_out,) fp32, this step's sum so far
+        self.undo = []
+        for name in self.layers:
+            # LoRA's B is judged by the merged output (section 3.3), which its parent gives.
+            self.attach(name, model.get_submodule(name.removesuffix(".lora_B")))
+
+    def attach(self, name, layer):
+        hook = layer.register_forward_hook(partial(self.observe, name))
+        self.undo.append(hook.remove)
+
+    def observe(self, name, layer, inputs, output):
+        """Add a training pass's |h|, summed over its tokens. In fp32: a long sum of bf16 stalls.
+
+        Several passes make one batch. A pass that is computed again (gradient checkpointing) counts
+        twice, in all rows alike, which no quantile sees.
+        """
+        if layer.training and torch.is_grad_enabled():
+            size = output.detach().flatten(0, -2).abs().sum(0, dtype=torch.float32)
+            self.magnitude[name] = self.magnitude.get(name, 0) + size
+
+    def choose(self, name, layer):
+        """bool (d_out,): the rows of a layer that keep their gradient."""
+        scores = self.score(layer, self.magnitude.get(name))
+        if scores is None:
+            raise RuntimeError(f"{name} had no pass in training mode since the last step")
+        return keep_rows(scores, self.threshold)
+
     @torch.no_grad()
     def mask_gradients(self):
-        """Zero the masked rows' gradients (row_sparse: they are), where there are gradients. Returns (): rows kept / rows."""
-        masks = self.masks or self.choose()
+        """Zero the masked rows of the gradients that there are. Returns (): rows kept / rows."""
+        masks = []
+        for name, layer in self.layers.items():
+            if layer.weight.grad is not None:
+                keep = self.choose(name, layer)
+                layer.weight.grad.mul_(keep[:, None])
+                masks.append(keep)
+        return self.end_step(masks)
+
+    def end_step(self, masks):
         if not masks:
-            raise RuntimeError("none of the layers to mask has a gradient")
-        for layer, (masked, *_) in () if self.row_sparse else masks.items():
-            layer.weight.grad.masked_fill_(masked, 0)
-        self.magnitude, self.masks = {}, {}
-        return 1 - torch.cat([masked for masked, *_ in masks.values()]).float().mean()
-    def remove(self):
-        """Take the hooks off: the model is as it was."""
-        for hook in self.hooks:
-            hook.remove()
-        for layer in self.layers.values():
-            layer.weight.requires_grad_()                          # in case a pass broke off while it was hidden
+            raise RuntimeError("no layer to mask has a gradient: call backward() first")
         self.magnitude.clear()
+        return torch.cat(masks).float().mean()
+
+    def remove(self):
+        """The model is as it was."""
+        for undo in self.undo:
+            undo()
+
+
+# ---- the same update in less time: gradients of masked rows are not even computed
+
+
+class RowSparseMIGU(MIGU):
+    """MIGU by magnitude whose backward pass multiplies for the kept rows alone.
+
+    It needs the mask before the backward pass: one pass makes a step, and each weight is used once.
+    """
+
+    def __init__(self, model, threshold=0.7, layers=NOT_THE_HEAD):
+        uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+        for name, layer in layers_to_mask(model, layers).items():
+            if uses.count(id(layer.weight)) > 1 or name.endswith((".lora_A", ".lora_B")):
+                raise ValueError(f"{name}: tied weights and adapters need MIGU, not RowSparseMIGU")
+        super().__init__(model, threshold, "magnitude", layers)
+        self.masks = {}  # name of a layer -> bool (d_out,), once its backward pass has run
+
+    def attach(self, name, layer):
+        layer.forward = partial(self.forward, name, layer)  # hides the class's own
+        self.undo.append(partial(layer.__dict__.pop, "forward", None))
+
+    def forward(self, name, layer, x):
+        # To autograd the detached weight is a constant: it computes the gradients of x and bias.
+        h = F.linear(x, layer.weight.detach(), layer.bias)
+        if not (layer.training and torch.is_grad_enabled()):
+            return h
+        if name in self.masks:
+            raise RuntimeError("RowSparseMIGU needs all of a step in one pass")
+        self.observe(name, layer, x, h)
+        return RowGradient.apply(h, x, layer.weight, partial(self.rows_to_compute, name, layer))
+
+    def rows_to_compute(self, name, layer):
+        """(k,) rows whose gradient is computed, and bool (k, 1): those of them that are kept.
+
+        k comes from the width, so that no GPU has to count and be waited for; it is a multiple of
+        16, which matrix units like. A CPU counts, so that ties are all kept there; on a GPU, rows
+        that tie beyond k go without a gradient.
+        """
+        keep = self.masks[name] = self.choose(name, layer)
+        count = len(keep) - rows_masked(len(keep), self.threshold)
+        if keep.is_cpu:
+            count = int(keep.sum())
+        count = min(len(keep), math.ceil(count / 16) * 16)
+        rows = self.magnitude[name].topk(count).indices
+        return rows, keep[rows, None]
+
+    @torch.no_grad()
+    def mask_gradients(self):
+        masks = list(self.masks.values())
+        self.masks.clear()
+        return self.end_step(masks)
+
 
 class RowGradient(torch.autograd.Function):
-    """The identity on a layer's output; its backward pass computes the layer's weight gradient in the kept rows alone."""
+    """The identity on h = x W^T (..., d_out); backward: dL/dW = (dL/dh)^T x in chosen rows."""
+
     @staticmethod
-    def forward(ctx, output, x, weight, layer, masker):
+    def forward(ctx, h, x, weight, rows_to_compute):
         ctx.save_for_backward(x)
-        ctx.layer, ctx.masker = layer, masker
-        return output.view_as(output)
+        ctx.weight = weight
+        ctx.rows_to_compute = rows_to_compute
+        return h.view_as(h)
+
     @staticmethod
     def backward(ctx, gradient):
-        (x,), weight = ctx.saved_tensors, ctx.layer.weight
-        _, ids, masked = (ctx.masker.masks or ctx.masker.choose())[ctx.layer]
-        columns = gradient.reshape(-1, len(weight)).index_select(1, ids)       # (tokens, k)
-        part = columns.T @ x.reshape(len(columns), -1).to(gradient.dtype)      # (k, d_in)
-        return gradient, None, torch.zeros_like(weight).index_copy_(0, ids, part.masked_fill_(masked, 0).to(weight.dtype)), None, None
+        (x,) = ctx.saved_tensors
+        rows, keep = ctx.rows_to_compute()
+        columns = gradient.flatten(0, -2).index_select(1, rows)  # (tokens, k)
+        part = columns.T @ x.flatten(0, -2).to(columns.dtype)  # (k, d_in)
+        part = part.mul_(keep).to(ctx.weight.dtype)
+        whole = torch.zeros_like(ctx.weight).index_copy_(0, rows, part)  # (d_out, d_in)
+        return gradient, None, whole, None
 
-# ---- LoRA (Hu et al. 2022), IncLoRA, O-LoRA (Wang et al. 2023). MIGU masks A by its own output, B by W's and the adapter's (section 3.3)
-def add_adapter(layer, inputs, output):
-    return output + layer.scale * layer.lora_B(layer.lora_A(layer.lora_dropout(inputs[0])))
-def adapted(model):
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-def folded(layer):
-    """(d_out, d_in): W + (alpha / r) B A, with A (r, d_in) and B (d_out, r)."""
-    return (layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight).detach()
 
-def add_lora(model, rank=8, alpha=32, dropout=0.05, dtype=None):
-    """Freeze the model, adapt each q and v, with B = 0. dtype: of the others; adapted ones stay fp32: folding must not drift."""
+# ---- LoRA (Hu et al. 2022), and what IncLoRA and O-LoRA (Wang et al. 2023) need of it
+
+
+class LoRALinear(nn.Linear):
+    """h = x W^T + (alpha / r) x A^T B^T, with W frozen, A (r, d_in), B (d_out, r) zero at first."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        d_out, d_in = linear.weight.shape
+        device = linear.weight.device
+        super().__init__(d_in, d_out, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / rank
+        self.lora_A = nn.Linear(d_in, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, d_out, bias=False, device=device)
+        nn.init.zeros_(self.lora_B.weight)
+        self.lora_dropout = nn.Dropout(dropout)
+        self.train(linear.training)
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """(d_out, d_in): W + (alpha / r) B A."""
+        return self.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
+
+
+def lora_layers(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def add_lora(model, rank=8, alpha=32, dropout=0.05):
+    """Freeze the model and put an adapter on each q and v projection."""
+    if lora_layers(model):
+        raise ValueError("the model has adapters already: merge_lora() folds them in")
+    model.frozen_by_lora = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
-    for name, layer in [*model.named_modules()]:
+    for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and re.search(r"\.[qv](_proj)?$", name):
-            layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, device=layer.weight.device)
-            layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, device=layer.weight.device)
-            nn.init.zeros_(layer.lora_B.weight)
-            layer.lora_dropout, layer.scale, layer.adapter = nn.Dropout(dropout), alpha / rank, layer.register_forward_hook(add_adapter)
-        elif dtype and not [*layer.children()]:
-            layer.to(dtype)
+            model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout))
+
+
+def merge_lora(model):
+    """Fold the adapters into their layers: a plain model again, trainable where it was."""
+    for name, adapted in lora_layers(model).items():
+        plain = nn.Linear(adapted.in_features, adapted.out_features, device="meta")
+        plain.weight = adapted.weight
+        plain.weight.data = adapted.merged_weight()
+        plain.bias = adapted.bias
+        model.set_submodule(name, plain.train(adapted.training))
+    for parameter in model.frozen_by_lora:
+        parameter.requires_grad_(True)
+
 
 def plain_weights(model):
-    """name -> weight as a model without adapters has it, the adapters folded in."""
-    plain = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    return plain | {f"{name}.weight": folded(layer) for name, layer in adapted(model).items()}
-def merge_lora(model):
-    """Fold the adapters into their layers: a plain model again, all of it trainable."""
-    for layer in adapted(model).values():
-        layer.weight.data = folded(layer)
-        layer.adapter.remove()
-        del layer.lora_A, layer.lora_B, layer.lora_dropout
-    model.requires_grad_(True)
+    """name -> weight, as merge_lora() would leave them; the model stays as it is."""
+    weights = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    for name, layer in lora_layers(model).items():
+        weights[f"{name}.weight"] = layer.merged_weight()
+    return weights
 
-def orthogonality_penalty(model, earlier, l1_weight=0.5, l2_weight=0.0):
-    """O-LoRA's l1 * sum |A_old A_new^T| + l2 * (||A_new|| + ||B_new||); earlier: layer name -> (earlier ranks, d_in)."""
+
+def orthogonality_penalty(model, earlier):
+    """O-LoRA's sum of |A_old A_new^T|; earlier: name of a layer -> A_old (earlier ranks, d_in)."""
     penalty = 0.0
-    for name, layer in adapted(model).items():
-        penalty = penalty + l1_weight * (earlier.get(name, layer.lora_A.weight[:0]) @ layer.lora_A.weight.T).abs().sum()
-        if l2_weight:
-            penalty = penalty + l2_weight * (layer.lora_A.weight.norm() + layer.lora_B.weight.norm())
+    for name, A_old in earlier.items():
+        A_new = model.get_submodule(name).lora_A.weight
+        penalty = penalty + (A_old @ A_new.T).abs().sum()
     return penalty

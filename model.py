@@ -1,403 +1,847 @@
-"""T5 and Llama in plain PyTorch, and the Hugging Face folders they are loaded from and saved to, with the same names and numbers.
+"""T5 and Llama in plain PyTorch, and the Hugging Face folders they are loaded from and saved to.
 
-A batch is kept packed: linear layers see (tokens, d), the real tokens of all rows one after another; only attention lays them
-out as (B, H, S, D). No work is spent on padding, and MIGU's magnitudes are plain sums over what a layer saw.
+Parameters have the names they have in those folders, and logits are those of transformers.
+
+A batch is kept packed: a linear layer sees (tokens, d), the real tokens of all rows one after
+another; only attention lays them out as (B, H, S, D). So no work is spent on padding, and MIGU's
+magnitudes are plain sums over what a layer saw.
 """
-import itertools, json, math, mmap, os, re, struct
+
+import argparse
+import json
+import math
+import mmap
+import os
+import re
+import struct
+import sys
+from collections import namedtuple
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-torch.backends.cuda.enable_cudnn_sdp(False)                        # its backward pass with a mask can give NaN (torch issue 196678)
-# ---- the parts of both models
-def send(tensor, device):
-    """To the device; what comes from the CPU goes through pinned memory, so that nobody waits for the GPU."""
-    pin = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
-    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
+# cuDNN's attention can give NaN in its backward pass with a mask (torch issue 196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
-class Rows:
-    """Where the real tokens of a batch lie, by its mask (B, S), bool; kept on the CPU, it lets no step wait for the GPU."""
-    def __init__(self, mask, device, cache=None):
-        self.size, self.mask = mask.shape, send(mask, device)
-        self.positions = mask.flatten().nonzero().squeeze(1)       # (tokens,), on the mask's device
-        self.index = send(self.positions, device)
-        if cache is not None:                                      # rows that began before: (B, keys), the mask of all ids so far
-            self.mask, = cache["mask"] = [torch.cat([*cache.get("mask", ()), self.mask], 1)]
-        keys = self.mask.shape[1]                                  # no query sees what follows it: (S, keys)
-        self.causal = torch.ones(self.size[1], keys, dtype=torch.bool, device=device).tril(keys - self.size[1])
-    def pack(self, x):                                             # (B, S, ...) -> (tokens, ...)
+
+# ---- what a user does wrong
+
+
+class UserError(ValueError):
+    """Something for the user to mend."""
+
+
+def check(good, fault):
+    if not good:
+        raise UserError(fault)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+@contextmanager
+def one_line_errors(command):
+    """A user's error becomes one line on stderr and exit code 2; others keep their traceback."""
+    sys.stdout.reconfigure(errors="replace")  # where "±" cannot be printed, "?" is
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads what is printed: let the flush at exit go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
+    except (UserError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{command}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- what both models use
+
+
+def to_device(tensor, device):
+    """Copies from pinned memory, so that nobody waits for a GPU."""
+    if tensor.is_cpu and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Packing:
+    """Where the real tokens of a batch lie, by its mask (B, S), bool.
+
+    The mask stays on the CPU: looking for its ones must not wait for a GPU.
+    """
+
+    def __init__(self, mask, device):
+        self.size = mask.shape
+        self.positions = mask.flatten().nonzero().squeeze(1)  # (tokens,)
+        self.index = to_device(self.positions, device)
+        last = mask.sum(1).cumsum(0) - 1
+        self.last = to_device(last.clamp(min=0), device)  # (B,): each row's last token
+
+    def pack(self, x):  # (B, S, ...) -> (tokens, ...)
         return x.flatten(0, 1).index_select(0, self.index)
-    def pad(self, x):                                              # (tokens, ...) -> (B, S, ...), zero at padding
-        return x.new_zeros(self.size.numel(), *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, self.size)
 
-class Attention(nn.Module):
-    """q, k, v and o under the names their checkpoint has; with fewer key heads, each serves consecutive queries."""
-    def __init__(self, names, width, heads, kv_heads, head_dim, dropout, scale=None, bias=False):
+    def pad(self, x):  # (tokens, ...) -> (B, S, ...), zero at padding
+        padded = x.new_zeros(self.size.numel(), *x.shape[1:])
+        return padded.index_copy(0, self.index, x).unflatten(0, self.size)
+
+    def split_heads(self, x, heads):  # (tokens, H * D) -> (B, H, S, D)
+        return self.pad(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def join_heads(self, x):  # (B, H, S, D) -> (tokens, H * D)
+        return self.pack(x.transpose(1, 2).flatten(2))
+
+
+class KVCache(dict):
+    """attention layer -> its keys and values (B, H, S, D) so far."""
+
+    def append(self, layer, keys, values):
+        if layer in self:
+            earlier_keys, earlier_values = self[layer]
+            keys = torch.cat([earlier_keys, keys], 2)
+            values = torch.cat([earlier_values, values], 2)
+        self[layer] = keys, values
+        return keys, values
+
+
+def causal_mask(queries, keys, device):
+    """bool (queries, keys): the queries are the last of the keys, and see none after themselves."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def attention_bias(allowed, weight, bias=None):
+    """What attention adds to its scores: bias (or 0) where allowed, the lowest number elsewhere.
+
+    It has the type of the queries: autocast's, or else that of the weight.
+    """
+    device = weight.device
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if bias is None:
+        bias = torch.zeros((), device=device)
+    return torch.where(allowed, bias.to(dtype), torch.finfo(dtype).min)
+
+
+def run_block(block, checkpointing, *inputs):
+    """block(*inputs); with checkpointing, the backward pass computes its inside a second time."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def from_dict(kind, values):
+    """A config dataclass, of those values that it knows. None stands for the default."""
+    known = {}
+    for field in fields(kind):
+        value = values.get(field.name)
+        if value is not None:
+            check(isinstance(value, field.type), f"{field.name} {value!r} is not {field.type}")
+            known[field.name] = value
+    return kind(**known)
+
+
+class LanguageModel(nn.Module):
+    """Loss and greedy decoding for both. A model defines how it begins and how it goes on:
+
+    decoder_inputs(input_ids, attention_mask, labels) -> ids, mask (B, S), targets of each id
+    encode(input_ids, attention_mask) -> the memory that decode() may look at
+    decode(ids, mask, memory, cache) -> (tokens, d) for the head, and their packing
+    """
+
+    def __init__(self, config, kind):
         super().__init__()
-        self.names, self.heads, self.kv_heads, self.dropout, self.scale = names, heads, kv_heads, dropout, scale
-        inner, kv_inner = heads * head_dim, kv_heads * head_dim    # need not be the width
-        for name, shape in zip(names, ((width, inner), (width, kv_inner), (width, kv_inner), (inner, width))):
-            self.add_module(name, nn.Linear(*shape, bias=bias))
-        if scale:                                                  # T5 does not divide by sqrt(D): what q starts from does
-            nn.init.normal_(self.get_submodule(names[0]).weight, std=(width * head_dim) ** -0.5)
-    def forward(self, x, rows, bias, cache=None, rope=None, memory=None, memory_rows=None):
-        """x (tokens, d) attends to itself, or to memory (memory tokens, d); bias broadcasts to (B, H, S, keys)."""
-        q, k, v, o = (self.get_submodule(name) for name in self.names)
-        heads = lambda x, rows, heads: rows.pad(x).unflatten(-1, (heads, -1)).transpose(1, 2)      # -> (B, heads, S, D)
-        queries = heads(q(x), rows, self.heads)
-        if memory_rows and cache and self in cache:
-            keys, values = cache[self]                             # the memory stays the same
+        self.config_json = config  # saved again with the weights, as are the tokenizer's files
+        self.files = {}
+        self.config = from_dict(kind, config)
+        self.checkpointing = False
+        eos, pad = self.config.eos_token_id, self.config.pad_token_id
+        self.eos = eos if isinstance(eos, list) else [eos]
+        self.pad = self.eos[0] if pad is None else pad
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def hidden(self, input_ids, attention_mask, labels):
+        """The decoder's output (tokens, d), its packing, and the targets (B, S)."""
+        ids, mask, targets = self.decoder_inputs(input_ids, attention_mask.bool(), labels)
+        memory = self.encode(input_ids, attention_mask.bool())
+        hidden, packing = self.decode(ids, mask, memory)
+        return hidden, packing, targets
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        """(B, S) ids, mask and labels (-100: ignored) -> logits (B, S, V), mean loss or None."""
+        hidden, packing, targets = self.hidden(input_ids, attention_mask, labels)
+        logits = self.lm_head(hidden)  # (tokens, V)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float(), packing.pack(targets.to(self.device)))
+        return packing.pad(logits), loss
+
+    def loss(self, input_ids, attention_mask, labels):
+        """The same mean loss, for training: the head runs at labelled positions alone."""
+        hidden, packing, targets = self.hidden(input_ids, attention_mask, labels)
+        targets = targets.flatten()[packing.positions]  # (tokens,)
+        labelled = (targets != -100).nonzero().squeeze(1)
+        logits = self.lm_head(hidden.index_select(0, to_device(labelled, self.device)))
+        return F.cross_entropy(logits.float(), to_device(targets[labelled], self.device))
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, max_new_tokens):
+        """Greedy: (B, S) -> new ids (B, new), each row as if alone, padded after its end."""
+        ids, mask, _ = self.decoder_inputs(input_ids.cpu(), attention_mask.bool().cpu(), None)
+        memory = self.encode(input_ids, attention_mask.bool())
+        cache = KVCache()
+        new = torch.empty(len(ids), 0, dtype=torch.long)
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        while new.shape[1] < max_new_tokens and not ended.all():
+            hidden, packing = self.decode(ids, mask, memory, cache)
+            logits = self.lm_head(hidden.index_select(0, packing.last))  # (B, V)
+            # The one wait for the device in a step.
+            token = logits.argmax(-1).cpu().masked_fill(ended, self.pad)
+            new = torch.cat([new, token[:, None]], 1)
+            ended |= torch.isin(token, torch.tensor(self.eos))
+            # To the layers, a row that has ended is padding: it takes part no more.
+            ids = token[:, None]
+            mask = torch.cat([mask, ~ended[:, None]], 1)
+        return new.to(self.device)
+
+
+# ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head, v1.1 and Flan with gated GELU
+
+
+@dataclass
+class T5Config:
+    vocab_size: int
+    d_model: int
+    d_kv: int  # of one head; heads * d_kv need not be d_model
+    d_ff: int
+    num_layers: int  # of the encoder
+    num_heads: int
+    relative_attention_num_buckets: int
+    layer_norm_epsilon: float | int
+    num_decoder_layers: int = None  # as many as the encoder
+    feed_forward_proj: str = "relu"
+    relative_attention_max_distance: int = 128
+    dropout_rate: float | int = 0.1
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool = None  # as in v1.0: when the head is tied
+    pad_token_id: int = 0
+    eos_token_id: int | list = 1
+    decoder_start_token_id: int = 0
+
+
+# What attention looks at: x (tokens, d), its packing, and a bias that broadcasts to (B, H, S, keys).
+Source = namedtuple("Source", "x packing bias")
+
+
+class T5Attention(nn.Module):
+    """softmax(q k^T + bias) v, not divided by sqrt(D): what q starts from makes up for that."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_heads
+        self.dropout = config.dropout_rate
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        nn.init.normal_(self.q.weight, std=(config.d_model * config.d_kv) ** -0.5)
+
+    def forward(self, x, packing, source, cache=None):
+        """x (tokens, d) looks at a source: at itself, or at the memory that the encoder left."""
+        queries = packing.split_heads(self.q(x), self.heads)  # (B, H, S, D)
+        is_memory = source.x is not x
+        if is_memory and cache is not None and self in cache:
+            keys, values = cache[self]  # it stays the same
         else:
-            source, its_rows = (memory, memory_rows) if memory_rows else (x, rows)
-            keys, values = (heads(f(source), its_rows, self.kv_heads) for f in (k, v))
-            if rope:
-                queries, keys = rotate(queries, *rope), rotate(keys, *rope)
+            keys = source.packing.split_heads(self.k(source.x), self.heads)
+            values = source.packing.split_heads(self.v(source.x), self.heads)
             if cache is not None:
-                if self in cache:
-                    keys, values = (torch.cat(pair, 2) for pair in zip(cache[self], (keys, values)))
-                cache[self] = keys, values
-        if self.kv_heads < self.heads:
-            keys, values = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (keys, values))
-        dropped = self.dropout * self.training
-        out = F.scaled_dot_product_attention(queries, keys, values, bias, dropped, scale=self.scale)       # (B, H, S, D)
-        return o(rows.pack(out.transpose(1, 2).flatten(2)))
+                keys, values = cache.append(self, keys, values)
+        dropout = self.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(queries, keys, values, source.bias, dropout, scale=1.0)
+        return self.o(packing.join_heads(h))
 
-class FeedForward(nn.Module):
-    """out(act(in(x))) or, with three names, out(act(in(x)) * gate(x))."""
-    def __init__(self, names, width, inner, act, dropout=0.0, bias=False):
+
+class T5FeedForward(nn.Module):
+    """wo(relu(wi(x))), or gated: wo(gelu(wi_0(x)) * wi_1(x))."""
+
+    def __init__(self, config):
         super().__init__()
-        self.names, self.act, self.dropout = names, act, nn.Dropout(dropout)
-        for name in names:
-            self.add_module(name, nn.Linear(*((inner, width) if name == names[-1] else (width, inner)), bias=bias))
-    def forward(self, x):
-        first, *gate, out = (self.get_submodule(name) for name in self.names)
-        h = self.act(first(x))
-        return out(self.dropout(h * gate[0](x) if gate else h))
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        if self.gated:
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
-def checkpointed(part, again, *inputs):
-    """part(*inputs); again: nothing of what it computes inside is kept, the backward pass computes it again."""
-    return torch.utils.checkpoint.checkpoint(part, *inputs, use_reentrant=False) if again and torch.is_grad_enabled() else part(*inputs)
+    def forward(self, x):
+        if self.gated:
+            h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        else:
+            h = F.relu(self.wi(x))
+        return self.wo(self.dropout(h))
+
+
+class T5Block(nn.Module):
+    """Self-attention, in a decoder cross-attention, feed-forward: each x + dropout(f(norm(x)))."""
+
+    def __init__(self, config, is_decoder):
+        super().__init__()
+        parts = {"SelfAttention": T5Attention(config)}
+        if is_decoder:
+            parts["EncDecAttention"] = T5Attention(config)
+        parts["DenseReluDense"] = T5FeedForward(config)
+        self.layer = nn.ModuleList()
+        for name, part in parts.items():
+            norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+            self.layer.append(nn.ModuleDict({name: part, "layer_norm": norm}))
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x, packing, bias, cache=None, memory=None):  # x (tokens, d)
+        layer = self.layer[0]
+        h = layer.layer_norm(x)
+        h = layer.SelfAttention(h, packing, Source(h, packing, bias), cache)
+        x = x + self.dropout(h)
+        if memory is not None:
+            layer = self.layer[1]
+            h = layer.EncDecAttention(layer.layer_norm(x), packing, memory, cache)
+            x = x + self.dropout(h)
+        layer = self.layer[-1]
+        h = layer.DenseReluDense(layer.layer_norm(x))
+        return x + self.dropout(h)
+
+
+class T5Stack(nn.Module):
+    """Encoder or decoder. The first block holds the table of position biases; all blocks use it."""
+
+    def __init__(self, config, is_decoder, layers):
+        super().__init__()
+        self.is_decoder = is_decoder
+        self.buckets = config.relative_attention_num_buckets
+        self.max_distance = config.relative_attention_max_distance
+        self.block = nn.ModuleList(T5Block(config, is_decoder) for _ in range(layers))
+        table = nn.Embedding(self.buckets, config.num_heads)
+        self.block[0].layer[0].SelfAttention.relative_attention_bias = table
+        self.final_layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def position_bias(self, queries, keys):
+        """(1, H, queries, keys), a learned number a bucket of distances; queries: the last keys."""
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        position = torch.arange(keys, device=table.weight.device)
+        distance = position[None, :] - position[keys - queries :, None]
+        buckets, first = self.buckets, 0
+        if self.is_decoder:
+            distance = -distance.clamp(max=0)
+        else:  # it looks both ways: half of the buckets are for what follows
+            buckets = buckets // 2
+            first = (distance > 0) * buckets
+            distance = distance.abs()
+        # Near: a bucket a distance. Far: buckets grow with its logarithm, up to max_distance.
+        exact = buckets // 2
+        scale = (buckets - exact) / math.log(self.max_distance / exact)
+        far = exact + (torch.log(distance.clamp(min=1) / exact) * scale).long()
+        bucket = torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+        return table(first + bucket).permute(2, 0, 1)[None]
+
+    def forward(self, x, packing, bias, checkpointing, cache=None, memory=None):
+        x = self.dropout(x)
+        for block in self.block:
+            x = run_block(block, checkpointing, x, packing, bias, cache, memory)
+        return self.dropout(self.final_layer_norm(x))
+
+
+class T5(LanguageModel):
+    def __init__(self, config):
+        super().__init__(config, T5Config)
+        c = self.config
+        kind = c.feed_forward_proj
+        check(kind in ("relu", "gated-gelu"), f"feed_forward_proj {kind!r} is not supported")
+        self.shared = nn.Embedding(c.vocab_size, c.d_model)
+        self.encoder = T5Stack(c, False, c.num_layers)
+        self.decoder = T5Stack(c, True, c.num_decoder_layers or c.num_layers)
+        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.shared.weight
+        scaled = (
+            c.tie_word_embeddings if c.scale_decoder_outputs is None else c.scale_decoder_outputs
+        )
+        self.scale = c.d_model**-0.5 if scaled else 1.0
+
+    def embed(self, ids, packing):
+        return self.shared(packing.pack(to_device(ids, self.device)))  # (tokens, d)
+
+    def encode(self, input_ids, attention_mask):
+        packing = Packing(attention_mask, self.device)
+        allowed = to_device(attention_mask, self.device)[:, None, None, :]  # (B, 1, 1, S)
+        size = input_ids.shape[1]
+        positions = self.encoder.position_bias(size, size)
+        bias = attention_bias(allowed, self.shared.weight, positions)  # (B, H, S, S)
+        x = self.encoder(self.embed(input_ids, packing), packing, bias, self.checkpointing)
+        return Source(x, packing, attention_bias(allowed, self.shared.weight))
+
+    def decoder_inputs(self, input_ids, attention_mask, labels):
+        """The start token and the labels shifted right; each row is real up to its last label."""
+        if labels is None:
+            labels = torch.full((len(input_ids), 1), -100, device=input_ids.device)
+        mask = (labels != -100).flip(1).cumsum(1).flip(1) > 0
+        ids = labels.masked_fill(labels == -100, self.pad).roll(1, 1)
+        ids[:, 0] = self.config.decoder_start_token_id
+        mask[:, 0] = True
+        return ids, mask, labels
+
+    def decode(self, ids, mask, memory, cache=None):
+        """ids (B, S) are the last that mask (B, keys) speaks of."""
+        queries, keys = ids.shape[1], mask.shape[1]
+        packing = Packing(mask[:, -queries:], self.device)
+        # Padding stands at a row's end: what is causal does not see it.
+        causal = causal_mask(queries, keys, self.device)
+        positions = self.decoder.position_bias(queries, keys)
+        bias = attention_bias(causal, self.shared.weight, positions)  # (1, H, S, keys)
+        x = self.embed(ids, packing)
+        x = self.decoder(x, packing, bias, self.checkpointing, cache, memory)
+        return x * self.scale, packing
+
+
+# ---- Llama (Touvron et al. 2023): 1, 2, 3, TinyLlama, SmolLM2, any of the family
+
+
+@dataclass
+class LlamaConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int  # of the feed-forward part
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    rms_norm_eps: float | int
+    num_key_value_heads: int = None  # as many as query heads
+    head_dim: int = None  # hidden_size / heads
+    rope_theta: float | int = 1e4
+    rope_scaling: dict = None
+    rope_parameters: dict = None  # where recent files have both of these
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    tie_word_embeddings: bool = False
+    pad_token_id: int = None  # the end token
+    eos_token_id: int | list = 2
+
+
+def rotary_frequencies(config, device):
+    """(D / 2,) radians a position; Llama 3.1 and later slow those down that do not turn often."""
+    rope = {**(config.rope_scaling or {}), **(config.rope_parameters or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    check(kind in ("default", "llama3"), f"rope scaling {kind!r} is not supported")
+    exponents = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+    frequencies = rope.get("rope_theta", config.rope_theta) ** -exponents
+    if kind == "default":
+        return frequencies
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    fast = ((turns - low) / (high - low)).clamp(0, 1)
+    return fast * frequencies + (1 - fast) * frequencies / rope["factor"]
+
+
 def rotate(x, cos, sin):
     """Rotary positions in the rotate-half form: x (B, H, S, D), cos and sin (B, 1, S, D)."""
     left, right = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
-def attention_bias(allowed, weight, bias=None):
-    """Attention's additive mask, in the type of its queries: bias (or 0) where allowed, elsewhere the lowest finite number."""
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    bias = torch.zeros((), dtype=dtype, device=weight.device) if bias is None else bias.to(dtype)
-    return torch.where(allowed, bias, torch.finfo(dtype).min)
 
-class LanguageModel(nn.Module):
-    """Loss and greedy decoding. T5 and Llama define inputs(), what the decoder reads, and decode(), what it makes of it."""
-    def __init__(self, config, defaults):
-        super().__init__()
-        self.config, self.files = config, {}                       # config.json and the tokenizer's files, to be saved again
-        self.c = SimpleNamespace(checkpointing=False, **defaults | {key: value for key, value in config.items() if value is not None})
-        self.eos = self.c.eos_token_id if isinstance(self.c.eos_token_id, list) else [self.c.eos_token_id]
-        self.pad = self.eos[0] if self.c.pad_token_id is None else self.c.pad_token_id
-    def forward(self, input_ids, attention_mask, labels=None):
-        """(B, S) ids, mask, labels (-100: ignored) -> logits (B, S, V) and the mean loss, None without labels."""
-        ids, real, targets, memory = self.inputs(input_ids, attention_mask, labels)
-        hidden, rows = self.decode(ids, real, None, *memory)       # (tokens, d)
-        logits = self.lm_head(hidden)                              # (tokens, V)
-        loss = None if labels is None else F.cross_entropy(logits.float(), rows.pack(targets.to(logits.device)))
-        return rows.pad(logits), loss
-    def loss(self, input_ids, attention_mask, labels):
-        """The same mean loss, for training: the head runs at labelled positions alone."""
-        ids, real, targets, memory = self.inputs(input_ids, attention_mask, labels)
-        hidden, rows = self.decode(ids, real, None, *memory)
-        targets = targets.flatten()[rows.positions]                # (tokens,)
-        labelled = (targets != -100).nonzero().squeeze(1)
-        logits = self.lm_head(hidden.index_select(0, send(labelled, hidden.device)))
-        return F.cross_entropy(logits.float(), send(targets[labelled], hidden.device))
-    @torch.no_grad()
-    def generate(self, input_ids, attention_mask, max_new_tokens):
-        """Greedy decoding with a cache: (B, S) -> the new ids (B, new), each row as if alone, padded after its end."""
-        ids, real, _, memory = self.inputs(input_ids, attention_mask, None)
-        device, cache, going, steps = self.lm_head.weight.device, {}, torch.arange(len(ids)), 0    # cache: lists of (B, ...)
-        new = torch.full((len(ids), max_new_tokens), self.pad)
-        while len(going) and steps < max_new_tokens:               # going: the rows that have not ended
-            hidden, rows = self.decode(ids, real, cache, *memory)
-            last = real.shape[1] - 1 - real.flip(1).int().argmax(1)            # (B,): each row's last real token
-            logits = self.lm_head(rows.pad(hidden)[send(torch.arange(len(last)), device), send(last, device)])     # (B, V)
-            ids = new[going, steps] = logits.argmax(-1).cpu()      # the one wait for the device in a step
-            more = (~torch.isin(ids, torch.tensor(self.eos))).nonzero().squeeze(1)
-            if len(more) < len(going):                             # rows that ended leave the batch
-                index = send(more, device)
-                for key in cache:
-                    cache[key] = [tensor.index_select(0, index) for tensor in cache[key]]
-            going, ids, real, steps = going[more], ids[more, None], torch.ones(len(more), 1, dtype=torch.bool), steps + 1
-        return new[:, :steps].to(device)
 
-# ---- T5 (Raffel et al. 2020): v1.0 with ReLU and a tied head; v1.1 and Flan with gated GELU and a head of their own
-T5_DEFAULTS = dict(feed_forward_proj="relu", num_decoder_layers=None, relative_attention_max_distance=128, dropout_rate=0.1,
-                   tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)     # old files lack these
-T5_FEED_FORWARD = {"relu": (("wi", "wo"), F.relu), "gated-gelu": (("wi_0", "wi_1", "wo"), nn.GELU("tanh"))}
+class LlamaAttention(nn.Module):
+    """With fewer key heads than query heads, each serves a group of consecutive queries."""
 
-class T5Stack(nn.Module):
-    """Encoder or decoder: self-attention, (decoder) cross-attention, feed-forward, each x + dropout(f(norm(x)))."""
-    def __init__(self, c, decoder, layers):
-        super().__init__()
-        self.c, self.decoder, self.block = c, decoder, nn.ModuleList()
-        for _ in range(layers):
-            parts = {name: Attention(("q", "k", "v", "o"), c.d_model, c.num_heads, c.num_heads, c.d_kv, c.dropout_rate, scale=1.0)
-                     for name in ("SelfAttention", "EncDecAttention")[:1 + decoder]}
-            names, act = T5_FEED_FORWARD[c.feed_forward_proj]
-            parts["DenseReluDense"] = FeedForward(names, c.d_model, c.d_ff, act, c.dropout_rate)
-            self.block.append(nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({
-                name: part, "layer_norm": nn.RMSNorm(c.d_model, c.layer_norm_epsilon)}) for name, part in parts.items())}))
-        table = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
-        self.block[0].layer[0].SelfAttention.relative_attention_bias = table               # it serves every block
-        self.final_layer_norm, self.dropout = nn.RMSNorm(c.d_model, c.layer_norm_epsilon), nn.Dropout(c.dropout_rate)
-    def position_bias(self, queries, keys):
-        """(1, H, queries, keys): a learned number for each bucket of distances; the queries are the last of the keys."""
-        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
-        position = torch.arange(keys, device=table.weight.device)
-        distance = position[None, :] - position[keys - queries:, None]
-        buckets = self.c.relative_attention_num_buckets // (1 if self.decoder else 2)      # the encoder looks both ways
-        start = 0 if self.decoder else (distance > 0) * buckets
-        distance = -distance.clamp(max=0) if self.decoder else distance.abs()
-        exact = buckets // 2                                       # near: a bucket a distance; far: logarithmic
-        far = torch.log(distance.clamp(min=1) / exact) / math.log(self.c.relative_attention_max_distance / exact) * (buckets - exact)
-        return table(start + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))).permute(2, 0, 1)[None]
-    def forward(self, x, rows, bias, cache=None, memory=None, memory_rows=None, memory_bias=None):
-        context = {"SelfAttention": (rows, bias, cache), "DenseReluDense": (),
-                   "EncDecAttention": (rows, memory_bias, cache, None, memory, memory_rows)}
-        x = self.dropout(x)
-        for layer in itertools.chain(*(block.layer for block in self.block)):
-            name, part = next(iter(layer.items()))
-            x = x + self.dropout(checkpointed(part, self.c.checkpointing, layer.layer_norm(x), *context[name]))
-        return self.dropout(self.final_layer_norm(x))
-
-class T5(LanguageModel):
     def __init__(self, config):
-        super().__init__(config, T5_DEFAULTS)
-        c = self.c
-        check(c.feed_forward_proj in T5_FEED_FORWARD, f"feed_forward_proj {c.feed_forward_proj!r} is not supported")
-        self.shared = nn.Embedding(c.vocab_size, c.d_model)
-        self.encoder = T5Stack(c, False, c.num_layers)
-        self.decoder = T5Stack(c, True, c.num_layers if c.num_decoder_layers is None else c.num_decoder_layers)
-        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        if c.tie_word_embeddings:
-            self.lm_head.weight = self.shared.weight
-        self.scale = c.d_model ** -0.5 if getattr(c, "scale_decoder_outputs", c.tie_word_embeddings) else 1.0      # v1.0 scales
-    def inputs(self, input_ids, attention_mask, labels):
-        """The labels shifted right, each row up to its last one, and the memory: (tokens, d), its rows, its bias (B, 1, 1, S)."""
-        rows = Rows(attention_mask.bool(), self.shared.weight.device)
-        allowed, size = rows.mask[:, None, None, :], rows.size[1]
-        bias = attention_bias(allowed, self.shared.weight, self.encoder.position_bias(size, size))         # (B, H, S, S)
-        memory = self.encoder(self.shared(rows.pack(send(input_ids, rows.mask.device))), rows, bias)
-        labels = torch.full((len(input_ids), 1), -100) if labels is None else labels
-        real = (labels != -100).flip(1).cumsum(1).flip(1) > 0
-        ids = labels.masked_fill(labels == -100, self.pad).roll(1, 1)
-        ids[:, 0], real[:, 0] = self.c.decoder_start_token_id, True
-        return ids, real, labels, (memory, rows, attention_bias(allowed, self.shared.weight))
-    def decode(self, ids, real, cache, memory, memory_rows, memory_bias):
-        """The next ids (B, S), and which are real -> (tokens, d) for the head, and their rows."""
-        rows = Rows(real, self.shared.weight.device, cache)
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.dropout = config.attention_dropout
+        width, bias = config.hidden_size, config.attention_bias
+        inner = self.heads * config.head_dim
+        kv_inner = self.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias)
+        self.k_proj = nn.Linear(width, kv_inner, bias)
+        self.v_proj = nn.Linear(width, kv_inner, bias)
+        self.o_proj = nn.Linear(inner, width, bias)
+
+    def forward(self, x, packing, bias, cos, sin, cache=None):
+        queries = packing.split_heads(self.q_proj(x), self.heads)  # (B, H, S, D)
+        keys = packing.split_heads(self.k_proj(x), self.kv_heads)
+        values = packing.split_heads(self.v_proj(x), self.kv_heads)
+        queries = rotate(queries, cos, sin)
+        keys = rotate(keys, cos, sin)
         if cache is not None:
-            memory_bias, = cache.setdefault("memory_bias", [memory_bias])
-        bias = attention_bias(rows.causal, self.shared.weight, self.decoder.position_bias(*rows.causal.shape))
-        x = self.shared(rows.pack(send(ids, rows.mask.device)))
-        return self.decoder(x, rows, bias, cache, memory, memory_rows, memory_bias) * self.scale, rows
+            keys, values = cache.append(self, keys, values)
+        keys = keys.repeat_interleave(self.heads // self.kv_heads, 1)
+        values = values.repeat_interleave(self.heads // self.kv_heads, 1)
+        dropout = self.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(queries, keys, values, bias, dropout)
+        return self.o_proj(packing.join_heads(h))
 
-# ---- Llama (Touvron et al. 2023): 1, 2, TinyLlama, any grouped-query model of the family
-LLAMA_DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rope_theta=1e4, rope_scaling=None, rope_parameters=None, mlp_bias=False,
-                      attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False, pad_token_id=None, eos_token_id=2)
 
-def llama_layer(c):
-    return nn.ModuleDict({
-        "self_attn": Attention(("q_proj", "k_proj", "v_proj", "o_proj"), c.hidden_size, c.num_attention_heads, c.num_key_value_heads,
-                               c.head_dim, c.attention_dropout, bias=c.attention_bias),
-        "mlp": FeedForward(("gate_proj", "up_proj", "down_proj"), c.hidden_size, c.intermediate_size, F.silu, bias=c.mlp_bias),
-        "input_layernorm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps),
-        "post_attention_layernorm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias)
+        self.up_proj = nn.Linear(width, inner, bias)
+        self.down_proj = nn.Linear(inner, width, bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, *attention_inputs):  # x (tokens, d)
+        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class Llama(LanguageModel):
     def __init__(self, config):
-        super().__init__(config, LLAMA_DEFAULTS)
-        c = self.c
-        rope = {**(c.rope_scaling or {}), **(c.rope_parameters or {})}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        check(kind == "default", f"rope scaling {kind!r} is not supported")
+        super().__init__(config, LlamaConfig)
+        c = self.config
         check(c.hidden_act == "silu", f"hidden_act {c.hidden_act!r} is not supported")
-        c.rope_theta = rope.get("rope_theta", c.rope_theta)
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
-        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
-                                    "layers": nn.ModuleList(llama_layer(c) for _ in range(c.num_hidden_layers)),
-                                    "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
+        rotary_frequencies(c, "meta")  # refuses a scaling that it does not know
+        blocks = [LlamaBlock(c) for _ in range(c.num_hidden_layers)]
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model["layers"] = nn.ModuleList(blocks)
+        self.model["norm"] = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-    def inputs(self, input_ids, attention_mask, labels):
-        """It reads the ids themselves; a token's target is the label that follows it."""
-        return input_ids, attention_mask.bool(), None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100), ()
-    def decode(self, ids, real, cache):
-        """The next ids (B, S), padded on either side, and which are real -> (tokens, d) for the head, and their rows."""
-        rows = Rows(real, self.lm_head.weight.device, cache)
-        half = torch.arange(0, self.c.head_dim, 2, device=rows.mask.device) / self.c.head_dim
-        positions = rows.mask.cumsum(1)[:, -rows.size[1]:] - 1     # counted from the row's first real token
-        angles = positions[:, None, :, None] * self.c.rope_theta ** -half.repeat(2)        # (B, 1, S, D), fp32
-        bias, rope = attention_bias(rows.causal & rows.mask[:, None, None, :], self.lm_head.weight), (angles.cos(), angles.sin())
-        x = self.model.embed_tokens(rows.pack(send(ids, rows.mask.device)))
-        for layer in self.model.layers:
-            x = x + checkpointed(layer.self_attn, self.c.checkpointing, layer.input_layernorm(x), rows, bias, cache, rope)
-            x = x + checkpointed(layer.mlp, self.c.checkpointing, layer.post_attention_layernorm(x))
-        return self.model.norm(x), rows
 
-# ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
-DTYPES = {kind: getattr(torch, name) for kind, name in map(str.split, (                    # all of torch's
-    "F32 float32", "BF16 bfloat16", "F16 float16", "F64 float64", "C64 complex64", "BOOL bool", "U8 uint8", "U16 uint16", "U32 uint32",
-    "U64 uint64", "I8 int8", "I16 int16", "I32 int32", "I64 int64", "F8_E4M3 float8_e4m3fn", "F8_E5M2 float8_e5m2",
-    "F8_E8M0 float8_e8m0fnu", "F8_E4M3FNUZ float8_e4m3fnuz", "F8_E5M2FNUZ float8_e5m2fnuz"))}
+    def encode(self, input_ids, attention_mask):
+        return None  # there is no encoder
+
+    def decoder_inputs(self, input_ids, attention_mask, labels):
+        """The ids themselves; the target of each is the label of the next."""
+        if labels is None:
+            return input_ids, attention_mask, None
+        return input_ids, attention_mask, F.pad(labels[:, 1:], (0, 1), value=-100)
+
+    def decode(self, ids, mask, memory, cache=None):
+        """ids (B, S), padded on either side, are the last that mask (B, keys) speaks of."""
+        queries, keys = ids.shape[1], mask.shape[1]
+        packing = Packing(mask[:, -queries:], self.device)
+        mask = to_device(mask, self.device)
+        allowed = causal_mask(queries, keys, self.device) & mask[:, None, None, :]
+        bias = attention_bias(allowed, self.lm_head.weight)  # (B, 1, S, keys)
+
+        # Positions are counted from a row's first real token.
+        positions = mask.cumsum(1)[:, -queries:] - 1  # (B, S)
+        frequencies = rotary_frequencies(self.config, self.device).repeat(2)  # (D,)
+        angles = positions[:, None, :, None] * frequencies  # (B, 1, S, D)
+
+        x = self.model.embed_tokens(packing.pack(to_device(ids, self.device)))  # (tokens, d)
+        inputs = (packing, bias, angles.cos(), angles.sin(), cache)
+        for block in self.model.layers:
+            x = run_block(block, self.checkpointing, x, *inputs)
+        return self.model.norm(x), packing
+
+
+# ---- files: whole or not at all
+
 
 def write_file(path, chunks):
-    """Write chunks of bytes or text to path, whole or not at all: temporary file, fsync, rename."""
+    """Write chunks of bytes to path, by a temporary file, fsync and rename."""
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
-            file.writelines(chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    write_file(path, [text.encode()])
+
+
+def read_json(path, kind=dict):
+    """The JSON object (or list) in a file. UserError or OSError names the file and its fault."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        hint = " (JSON Lines? Make them one list)" if "Extra data" in str(error) else ""
+        raise UserError(f"{path}: not JSON: {error}{hint}") from None
+    check(isinstance(value, kind), f"{path}: not a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+# ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
 def write_safetensors(path, tensors, metadata=None):
     """Write a dict of tensors; metadata: text -> text."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))        # so that each stays aligned
-    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": kinds[tensors[name].dtype], "shape": [*tensors[name].shape], "data_offsets": [start, end]}
+    header = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    # The widest numbers first, so that all stay aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        kind, shape = kinds[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    data = (tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for name in names)
-    write_file(path, itertools.chain([struct.pack("<Q", len(text)), text], data))
 
-def check(good, fault):
-    if not good:
-        raise ValueError(fault)
-def unique(pairs):
-    check(len(dict(pairs)) == len(pairs), "a key stands twice")
-    return dict(pairs)
-def read_header(buffer):
-    """Check all of a file but its numbers: (name -> (dtype, shape, first byte, last + 1), metadata), or ValueError."""
-    length = int.from_bytes(buffer[:8], "little")
-    check(len(buffer) >= 8 and length <= min(len(buffer) - 8, 100_000_000), "the header's length does not fit the file")
-    text = bytes(buffer[8:8 + length])
+    def chunks():
+        yield struct.pack("<Q", len(text))
+        yield text
+        for _, tensor in ordered:
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+    write_file(path, chunks())
+
+
+def parse_header(text):
+    """The header as a dict, from bytes; stricter than JSON: no key twice, no negative number."""
+
+    def unique(pairs):
+        check(len(dict(pairs)) == len(pairs), "a key stands twice")
+        return dict(pairs)
+
+    def size(digits):
+        check(digits.isdigit(), f"{digits} is no size")
+        return int(digits)
+
     check(text.startswith(b"{"), "the header is not a JSON object")
     try:
-        sizes = lambda digits: int(digits) if digits[0] != "-" else None       # nothing negative, even -0, is a size
-        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=sizes)
-        json.dumps(header, ensure_ascii=False).encode()            # finds halves of surrogate pairs
+        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=size)
+        json.dumps(header, ensure_ascii=False).encode()  # finds halves of surrogate pairs
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the header is not JSON: {error}") from None
-    metadata = header.pop("__metadata__", None)
-    check(metadata is None or isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values()), "__metadata__ is not text")
+        raise UserError(f"the header is not JSON: {error}") from None
+    return header
+
+
+def check_entry(name, entry):
+    keys = {"dtype", "shape", "data_offsets"}
+    check(isinstance(entry, dict) and set(entry) == keys, f"{name}: a wrong entry {entry}")
+    for key in ("shape", "data_offsets"):
+        sizes = isinstance(entry[key], list) and all(type(n) is int for n in entry[key])
+        check(sizes, f"{name}: {key} {entry[key]} is no list of sizes")
+    known = isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES
+    check(known, f"{name}: dtype {entry['dtype']} is none of torch's")
+
+
+def read_header(buffer):
+    """(name -> (dtype, shape, first byte, last byte + 1), metadata); checks all but the numbers."""
+    check(
+        bytes(buffer[:11]) != b"version htt", "a Git LFS pointer: run git lfs pull, or download.py"
+    )
+    length = int.from_bytes(buffer[:8], "little")
+    fits = len(buffer) >= 8 and length <= min(len(buffer) - 8, 100_000_000)
+    check(fits, "the header's length does not fit the file")
+    header = parse_header(bytes(buffer[8 : 8 + length]))
+    metadata = header.pop("__metadata__", None) or {}
+    texts = isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())
+    check(texts, "__metadata__ is not text")
     for name, entry in header.items():
-        check(isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}, f"{name}: a wrong entry {entry}")
-        check(all(isinstance(entry[key], list) and all(type(n) is int for n in entry[key]) for key in ("shape", "data_offsets")),
-              f"{name}: not lists of sizes: {entry}")
-        check(entry["dtype"] in [*DTYPES], f"{name}: dtype {entry['dtype']} is none of torch's")
-    table, end = {}, 8 + length
+        check_entry(name, entry)
+    # The tensors fill the rest of the file, one after another.
+    table = {}
+    end = 8 + length
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        check(math.prod(n for n in shape if n) < 2 ** 63 and entry["data_offsets"] == [start - 8 - length, end - 8 - length],
-              f"{name}: its bytes {entry['data_offsets']} do not fit its shape {shape}, overlap others, or leave a hole")
+        fits = offsets == [start - 8 - length, end - 8 - length]
+        fits = fits and math.prod(n for n in shape if n) < 2**63
+        check(fits, f"{name}: bytes {offsets} do not fit shape {shape}, overlap, or leave a hole")
         table[name] = dtype, shape, start, end
     check(end == len(buffer), f"the tensors end at byte {end}, the file at byte {len(buffer)}")
     return table, metadata
-def read_safetensors(path, metadata=None):
-    """name -> tensor, memory-mapped; metadata: a dict that receives the file's. ValueError or OSError names file and fault."""
+
+
+def open_safetensors(path):
+    """The file's bytes, memory-mapped, and what its header says of them."""
     with open(path, "rb") as file:
         try:
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)      # ValueError if the file is empty
-            table, found = read_header(buffer)
-        except ValueError as error:
-            raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    data, tensors = torch.frombuffer(buffer, dtype=torch.uint8), {}
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return buffer, *read_header(buffer)
+        except ValueError as error:  # mmap's own: the file is empty
+            raise UserError(f"{path}: not a safetensors file: {error}") from None
+
+
+def read_safetensors(path):
+    """name -> tensor, memory-mapped. UserError (a ValueError) or OSError names file and fault."""
+    buffer, table, _ = open_safetensors(path)
+    data = torch.frombuffer(buffer, dtype=torch.uint8)
+    tensors = {}
     for name, (dtype, shape, start, end) in table.items():
-        raw = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()      # align what a header shifted
+        raw = data[start:end]
+        if start % dtype.itemsize:  # a header of odd length
+            raw = raw.clone()
         tensors[name] = raw.view(dtype).reshape(shape)
-    if metadata is not None:
-        metadata.update(found or {})
     return tensors
 
-# ---- folders in Hugging Face form
-CLASSES = {"t5": (T5, "T5ForConditionalGeneration", "shared.weight"), "llama": (Llama, "LlamaForCausalLM", "model.embed_tokens.weight")}
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")      # of the embedding, in some files
-HARMLESS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight|.*\.rotary_emb\.inv_freq"
-TOKENIZER_FILES = ("spiece.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
-def read_json(path):
-    """A JSON object. ValueError or OSError names the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        check(isinstance(value, dict), "not an object")
-        return value
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-def read_weights(path):
+# ---- folders in Hugging Face form
+
+ARCHITECTURES = {"t5": T5, "llama": Llama}
+TRANSFORMERS_CLASS = {T5: "T5ForConditionalGeneration", Llama: "LlamaForCausalLM"}
+EMBEDDING = {T5: "shared.weight", Llama: "model.embed_tokens.weight"}
+# Some files repeat the embedding under these names.
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+# Old files have these, and no model needs them.
+HARMLESS = (
+    r".*\.rotary_emb\.inv_freq|decoder\..*\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+PREFIX = r"(_orig_mod\.|module\.|base_model\.model\.).*"  # of torch.compile, DataParallel, PEFT
+TOKENIZER_FILES = (
+    "spiece.model tokenizer.model tokenizer.json tokenizer_config.json "
+    "special_tokens_map.json added_tokens.json"
+).split()
+
+
+def read_weights(folder):
     """All tensors of a folder: model.safetensors, or the shards that its index names."""
-    index, tensors = path / "model.safetensors.index.json", {}
-    if (path / "model.safetensors").exists():
-        return read_safetensors(path / "model.safetensors")
-    if not index.exists():
-        pickled = "".join(f"; {p.name} is pickled and never opened: convert it to safetensors" for p in path.glob("*.bin"))
-        raise FileNotFoundError(f"{path} holds no model.safetensors{pickled}")
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(folder / "model.safetensors")
+    pickled = "".join(f"; {file.name} is pickled and never opened" for file in folder.glob("*.bin"))
+    check(index.exists(), f"{folder} holds no model.safetensors{pickled}")
     places = read_json(index).get("weight_map")
-    check(isinstance(places, dict) and all(isinstance(place, str) and Path(place).name == place for place in places.values()),
-          f"{index}: weight_map must map each tensor to the name of a file in this folder")
+    check(isinstance(places, dict), f"{index}: weight_map is not an object")
+    for name, place in places.items():
+        inside = isinstance(place, str) and Path(place).name == place
+        check(inside, f"{index}: weight_map: {name}: {place!r} is no file of this folder")
+    tensors = {}
     for place in sorted(set(places.values())):
-        shard = read_safetensors(path / place)
-        check(not tensors.keys() & shard.keys(), f"{path / place}: a tensor of it stands in another shard too")
+        shard = read_safetensors(folder / place)
+        twice = ", ".join(tensors.keys() & shard.keys())
+        check(not twice, f"{folder / place}: {twice} stands in another shard too")
         tensors |= shard
     return tensors
 
-def load_model(path, dtype=torch.float32):
-    """A T5 or Llama from a Hugging Face folder (config.json, *.safetensors). ValueError or OSError names the fault."""
-    path, config = Path(path), read_json(Path(path) / "config.json")
-    kind = str(config.get("model_type"))
-    check(kind in CLASSES, f"{path}: model_type {kind} is not supported: only {' and '.join(CLASSES)}")
-    tensors = {name: tensor for name, tensor in read_weights(path).items() if not re.fullmatch(HARMLESS, name)}
-    if config.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
-        config["tie_word_embeddings"] = False                      # recent files always say true; the head tells
-    new, _, embedding = CLASSES[kind]
-    try:
-        with torch.device("meta"):                                 # shapes alone, no memory
-            model = new(config)
-    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path}: config.json: {error}") from None
-    for copy in COPIES:
-        if copy in tensors and (model.c.tie_word_embeddings or copy != "lm_head.weight"):
-            same = torch.equal(tensors.setdefault(embedding, tensors[copy]), tensors.pop(copy))
-            check(same, f"{path}: {copy} differs from {embedding}, to which it is tied")
-    found = {name: [*tensor.shape] for name, tensor in tensors.items()}
-    expected = {name: [*p.shape] for name, p in model.named_parameters()}      # a tied head counts once
-    faults = [f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, 'unexpected')} by config.json"
-              for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+
+def check_fit(path, tensors, model):
+    """Each of the model's parameters has its tensor, of the same shape, and no tensor is left."""
+    prefixed = [match[1] for match in (re.fullmatch(PREFIX, name) for name in tensors) if match]
+    count = f"{len(prefixed)} of {len(tensors)} tensors"
+    check(
+        not prefixed, f"{path}: {count} have the prefix {prefixed[:1]}: save the model without it"
+    )
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: list(p.shape) for name, p in model.named_parameters()}
+    faults = []
+    for name in sorted(found.keys() | expected.keys()):
+        in_file, by_config = found.get(name, "missing"), expected.get(name, "unexpected")
+        if in_file != by_config:
+            faults.append(f"{name}: {in_file} in the file, {by_config} by config.json")
     check(not faults, f"{path}: the weights do not fit: {'; '.join(faults)}")
-    model.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, strict=False, assign=True)
-    if model.c.tie_word_embeddings:
+
+
+def read_config(path):
+    """config.json, and the class of its model_type: T5 or Llama."""
+    config = read_json(Path(path, "config.json"))
+    kind = str(config.get("model_type"))
+    known = ", ".join(ARCHITECTURES)
+    check(kind in ARCHITECTURES, f"{path}: model_type {kind} is not supported: only {known}")
+    return config, ARCHITECTURES[kind]
+
+
+def load_model(path, dtype=torch.float32):
+    """A T5 or Llama from a Hugging Face folder. UserError (a ValueError) or OSError: the fault."""
+    path = Path(path)
+    config, architecture = read_config(path)
+    tensors = read_weights(path)
+    tensors = {name: t for name, t in tensors.items() if not re.fullmatch(HARMLESS, name)}
+    # Recent files always say that the head is tied; whether they hold one tells the truth.
+    if config.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
+        config["tie_word_embeddings"] = False
+    try:
+        with torch.device("meta"):  # shapes alone, no memory
+            model = architecture(config)
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        raise UserError(f"{path}: config.json: {error}") from None
+
+    embedding, tied = EMBEDDING[architecture], model.config.tie_word_embeddings
+    for copy in COPIES:
+        if copy in tensors and (tied or copy != "lm_head.weight"):
+            tensor = tensors.pop(copy)
+            same = torch.equal(tensor, tensors.setdefault(embedding, tensor))
+            check(same, f"{path}: {copy} differs from {embedding}, to which it is tied")
+    check_fit(path, tensors, model)
+
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    if tied:
         model.lm_head.weight = model.get_parameter(embedding)
-    model.files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).exists()}
+    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    model.files = {file.name: file.read_bytes() for file in files}
     return model.eval()
 
-def save_model(model, path, metadata=None, tensors=None):
-    """Write a folder that from_pretrained opens; tensors: the weights, if not the model's parameters as they are."""
-    path, kind = Path(path), "t5" if isinstance(model, T5) else "llama"
-    tensors = tensors or dict(model.named_parameters())
-    widest = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
-    config = {**model.config, "model_type": kind, "architectures": [CLASSES[kind][1]]}
-    config.pop("dtype", None)
-    config["torch_dtype"] = str(widest).removeprefix("torch.")     # transformers loads all in the type written here
-    for name, content in {"config.json": json.dumps(config, indent=2), **model.files}.items():
-        write_file(path / name, [content])
-    write_safetensors(path / "model.safetensors", tensors, metadata)
+
+def save_model(model, path, weights=None, metadata=None):
+    """Write a folder that from_pretrained opens; weights: if not the model's own parameters."""
+    weights = weights or dict(model.named_parameters())
+    widest = max((weight.dtype for weight in weights.values()), key=lambda dtype: dtype.itemsize)
+    kinds = {architecture: kind for kind, architecture in ARCHITECTURES.items()}
+    config = {name: value for name, value in model.config_json.items() if name != "dtype"}
+    config["model_type"] = kinds[type(model)]
+    config["architectures"] = [TRANSFORMERS_CLASS[type(model)]]
+    config["torch_dtype"] = str(widest).removeprefix("torch.")  # transformers loads all as this
+    write_text(Path(path, "config.json"), json.dumps(config, indent=2))
+    for name, content in model.files.items():
+        write_file(Path(path, name), [content])
+    write_safetensors(Path(path, "model.safetensors"), weights, metadata)

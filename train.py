@@ -1,289 +1,561 @@
-"""Fine-tune a language model on one task after another, with MIGU or without, and measure what it forgets.
+"""Fine-tune a language model on one task after another, with MIGU or without it.
 
-    python train.py --demo                               # offline, on a CPU, in about two minutes
-    python train.py --order 1                            # t5-large, full tuning with MIGU, the paper's settings
-    python train.py --order 1 2 3 --seed 42 1024 2048 --tune lora --replay 0.02        # nine runs, and a table over them
-    python train.py --tasks my_tasks/news my_tasks/mail  # folders with train.json, test.json and labels.json
+    python train.py --demo                               # offline, on a CPU, in three minutes
+    python train.py --order 1                            # t5-large, full tuning, MIGU, as the paper
+    python train.py --order 1 2 3 --seed 42 1024 2048    # nine runs, and a table over them
+    python train.py --order 4 --tune lora --mask none --replay 0.02
+    python train.py --tasks my_tasks/news my_tasks/mail  # your own: train, test, labels .json
+
+A run is a folder: config.json, log.csv, matrix.csv, results.json, predictions/, model/.
 """
-import argparse, contextlib, csv, itertools, json, math, re, resource, shutil, sys, time
+
+import argparse
+import csv
+import io
+import json
+import math
+import platform
+import re
+import shutil
+import time
 from pathlib import Path
+
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
-import data, download, eval as evaluation
-from migu import CRITERIA, MIGU, NOT_THE_HEAD, adapted, add_lora, merge_lora, orthogonality_penalty, plain_weights
-from model import T5, check, load_model, read_json, read_safetensors, save_model, write_file, write_safetensors
 
-LEARNING_RATE = {"full": 1e-4, "lora": 1e-3, "inclora": 1e-3, "olora": 1e-3}               # the paper's
-THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05, "replay": 0.4}
+import data
+import download
+import eval as evaluation
+from migu import CRITERIA, MIGU, NOT_THE_HEAD, RowSparseMIGU, add_lora, lora_layers, merge_lora
+from migu import orthogonality_penalty, plain_weights
+from model import T5, Parser, UserError, check, load_model, one_line_errors, open_safetensors
+from model import read_json, read_safetensors, save_model, write_safetensors, write_text
 
-# ---- the command line
-def fail(message):
-    sys.exit(print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr) or 2)
-@contextlib.contextmanager
-def explained(*errors):
-    """These errors are a user's to mend: one line on stderr, exit code 2. Any other keeps its traceback."""
-    try:
-        yield
-    except errors as error:
-        fail(error)
+# The paper's settings, by --tune.
+LEARNING_RATE = {"full": 1e-4, "lora": 1e-3, "inclora": 1e-3, "olora": 1e-3}
+THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05}
+REPLAY_THRESHOLD = 0.4
+MASKS = ("migu", *list(CRITERIA)[1:], "none")  # migu: by magnitude
+
+
+# ---- settings
+
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error, add = fail, parser.add_argument
-    add("--demo", action="store_true", help="plain tuning beside MIGU, on made-up tasks and a tiny T5 (heeds --seed and --out)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--demo", action="store_true", help="a tiny T5 on made-up tasks (heeds --seed and --out)")
     add("--order", type=int, nargs="+", choices=data.ORDERS, help="orders of the benchmark's tasks")
-    add("--tasks", nargs="+", metavar="TASK", help="instead: task folders of your own, or names of the benchmark's tasks")
-    add("--model", default="t5-large", help=f"a folder, {', '.join(download.MODELS)}, or a hub repository (default %(default)s)")
-    add("--tune", choices=LEARNING_RATE, default="full", help="all weights; one adapter; one for each task; these kept orthogonal")
-    add("--mask", choices=("migu", *CRITERIA[1:], "none"), default="migu", help="by what the kept rows are chosen (default %(default)s)")
-    add("--replay", type=float, default=0.0, metavar="FRACTION", help="of each past task's records, mixed into the later tasks")
-    add("--joint", action="store_true", help="an upper bound: train on all tasks at once, then test each")
-    add("--threshold", type=float, help=f"fraction of the rows that is masked (default {THRESHOLD})")
-    add("--layers", default=NOT_THE_HEAD, help="the linear layers to mask, a regular expression (default: all but the head)")
+    add(
+        "--tasks", nargs="+", metavar="TASK", help="instead: your folders, or the benchmark's names"
+    )
+    models = ", ".join(download.MODELS)
+    add("--model", default="t5-large", help=f"a folder, {models}, or a hub repository's owner/name")
+    tunings = "all weights; one adapter; an adapter a task; these orthogonal (default full)"
+    add("--tune", choices=LEARNING_RATE, default="full", help=tunings)
+    add("--mask", choices=MASKS, default="migu", help="which rows are updated (default migu)")
+    add(
+        "--threshold", type=float, help=f"fraction of the rows that is masked (default {THRESHOLD})"
+    )
+    add("--layers", default=NOT_THE_HEAD, help="linear layers to mask, a regular expression")
     add("--mask-first", action="store_true", help="mask the first task too")
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default %(default)s)")
+    add("--replay", type=float, default=0.0, metavar="FRACTION", help="of each past task's records")
+    add("--joint", action="store_true", help="an upper bound: train on all tasks at once")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default adamw)")
     add("--lr", type=float, help=f"learning rate (default {LEARNING_RATE})")
-    add("--l1", type=float, default=0.5, help="O-LoRA's weight of the orthogonality penalty (default %(default)s)")
-    add("--l2", type=float, default=0.0, help="O-LoRA's weight of the adapters' norms (default %(default)s)")
-    add("--epochs", type=int, help="passes over each task (default 1; WiC in order 5 and MNLI in order 6: 2)")
-    add("--batch-size", type=int, default=64, help="examples in a step (default %(default)s)")
+    add(
+        "--clip", type=float, default=1.0, help="largest norm of the gradient, 0: any (default 1.0)"
+    )
+    add("--l1", type=float, default=0.5, help="O-LoRA's weight of the penalty (default 0.5)")
+    add("--epochs", type=int, help="passes over each task (default 1; order 5 WiC, 6 MNLI: 2)")
+    add("--batch-size", type=int, default=64, help="examples in a step (default 64)")
     add("--micro-batch", type=int, help="examples in memory at once (default: all of a step)")
-    add("--limit", type=int, help="only the first N records of each split")
-    add("--eval", choices=("last", "all"), default="last", help="test after the last task, or after each (default %(default)s)")
-    add("--seed", type=int, nargs="+", default=[42], help="a run for each (default 42)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(here: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic; trained weights are float32 (default: bfloat16 on cuda)")
-    add("--data", default="data", help="folder of the benchmark (default %(default)s)")
-    add("--out", default="runs", help="folder of the runs (default %(default)s)")
-    add("--checkpointing", action="store_true", help="less memory, more time: activations are computed again when they are needed")
-    add("--bench", action="store_true", help="only time steps and tests of --model: t5-base and others with random weights, or a folder")
+    add("--checkpointing", action="store_true", help="less memory, more time: compute blocks twice")
+    add("--limit", type=int, nargs="+", metavar="N", help="first records of train (and of test)")
+    add("--eval", choices=("last", "all"), default="last", help="test after the last task, or each")
+    add("--seed", type=int, nargs="+", help="a run for each (default 42; the demo: 42 1024 2048)")
+    add("--device", default=device, help="(default here: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (bfloat16 on cuda)")
+    add("--data", default="data", help="folder of the benchmark (default data)")
+    add("--out", default="runs", help="folder of the runs (default runs)")
     add("--resume", action="store_true", help="go on with runs that were stopped")
     args = parser.parse_args(argv)
-    numbers = [x for x in (args.lr, args.epochs, args.batch_size, args.micro_batch, args.limit) if x is not None]
-    with explained(ValueError, re.error, RuntimeError, AssertionError):
-        check(all(0 < x < math.inf for x in numbers) and all(0 <= x <= 1 for x in (args.threshold or 0, args.replay)),
-              "--threshold and --replay must be from 0 to 1, and --lr, --epochs, --batch-size, --micro-batch, --limit above 0")
-        check(args.demo + args.bench + bool(args.order) + bool(args.tasks) == 1,
-              "say what to do: --demo, --order 1, --tasks FOLDER FOLDER, or --bench")
-        re.compile(args.layers)
-        torch.zeros(1, device=args.device)
+    check_args(args)
     return args
 
-def plan(args):
-    """The runs that a command asks for, each order with each seed: [(folder, what its config.json will say)]."""
-    runs, versions = [], {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-    method = [args.tune, args.mask] + [f"replay{args.replay:g}"] * (args.replay > 0) + ["joint"] * args.joint
-    threshold = THRESHOLD["replay" if args.replay else args.tune] if args.threshold is None else args.threshold
-    micro_batch = min(args.micro_batch or args.batch_size, args.batch_size)
-    one_pass = args.tune == "full" and micro_batch == args.batch_size and not re.search(args.layers, "lm_head")
-    for order, seed in itertools.product(args.order or [None], args.seed):
-        tasks = [*data.ORDERS[order]] if order else args.tasks
-        names, model = [Path(task).name for task in tasks], Path(args.model).name
-        check(len({*names}) == len(names), f"two tasks have the same name: {', '.join(names)}")
-        config = {key: value for key, value in vars(args).items() if key not in ("demo", "bench", "out", "resume")}
-        config |= {"order": order, "tasks": tasks, "seed": seed, "model_name": model, "method": " ".join(method), "threshold": threshold,
-                   "criterion": "magnitude" if args.mask == "migu" else args.mask, "micro_batch": micro_batch,
-                   "row_sparse": one_pass and args.mask not in ("gradient", "none"), "lr": args.lr or LEARNING_RATE[args.tune],
-                   "dtype": args.dtype or ("bfloat16" if "cuda" in args.device else "float32"), "versions": versions}
-        folder = Path(args.out, "-".join([f"order{order}" if order else "+".join(names), model, *method, f"s{seed}"]))
-        check(args.resume or not folder.exists(), f"{folder} is in use: add --resume to go on with it, or choose another --out")
-        before = read_json(folder / "config.json") if (folder / "config.json").exists() else config
-        differ = [f"{k} {before[k]}, not {config[k]}" for k in {*before} & {*config} - {"versions", "checkpointing"} if before[k] != config[k]]
-        check(not differ, f"{folder} has other arguments: {'; '.join(differ)}")
-        runs.append((folder, config))
-    return runs
+
+def check_args(args):
+    asked = args.demo + bool(args.order) + bool(args.tasks)
+    check(asked == 1, "say what to do: --demo, --order 1, or --tasks FOLDER FOLDER")
+    limits = args.limit or []
+    for value in (args.lr, args.epochs, args.batch_size, args.micro_batch, *limits):
+        fine = value is None or 0 < value < math.inf
+        check(fine, "--lr, --epochs, --batch-size, --micro-batch and --limit must be above 0")
+    check(len(limits) <= 2, "--limit takes a number for train, and one for test")
+    for value in (args.threshold, args.replay):
+        fine = value is None or 0 <= value <= 1
+        check(fine, "--threshold and --replay must be from 0 to 1")
+    check(
+        0 <= args.clip < math.inf and 0 <= args.l1 < math.inf, "--clip and --l1 must not be below 0"
+    )
+    for values in (args.order or [], args.seed or []):
+        check(len(set(values)) == len(values), "--order and --seed name nothing twice")
+    check(min(args.seed or [0]) >= 0, "--seed must not be below 0")
+    try:
+        re.compile(args.layers)
+        torch.zeros(1, device=args.device)
+    except re.error as error:
+        raise UserError(f"--layers {args.layers}: no regular expression: {error}") from None
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {args.device}: {reason}: use --device cpu") from None
+
+
+def model_folder(name):
+    """A local folder, or else where download.py puts a model of this name."""
+    folder = Path(name).expanduser()
+    local = folder.exists() or name[:1] in "./~"
+    return folder.resolve() if local else Path("models", name)
+
+
+def settings(args, order, seed):
+    """A run's arguments as resolved: what its config.json says."""
+    c = argparse.Namespace(**vars(args))
+    del c.demo, c.out, c.resume
+    c.order, c.seed = order, seed
+    c.tasks = list(data.ORDERS[order]) if order else [data.resolve(name) for name in args.tasks]
+    c.model = str(model_folder(args.model))
+    c.model_name = Path(c.model).name
+    method = [args.tune, args.mask]
+    if args.replay:
+        method.append(f"replay{args.replay:g}")
+    if args.joint:
+        method.append("joint")
+    c.method = " ".join(method)
+    c.lr = args.lr or LEARNING_RATE[args.tune]
+    if args.threshold is None:
+        c.threshold = REPLAY_THRESHOLD if args.replay else THRESHOLD[args.tune]
+    c.dtype = args.dtype or ("bfloat16" if "cuda" in args.device else "float32")
+    c.micro_batch = min(args.micro_batch or args.batch_size, args.batch_size)
+    one_pass = c.tune == "full" and c.micro_batch == c.batch_size
+    c.row_sparse = one_pass and c.mask == "migu" and not re.search(c.layers, "lm_head")
+    c.versions = {"python": platform.python_version(), "torch": torch.__version__}
+    names = [Path(task).name for task in c.tasks]
+    check(len(set(names)) == len(names), f"two tasks have the same name: {', '.join(names)}")
+    never = c.mask != "none" and not c.mask_first and (c.joint or len(names) == 1)
+    check(not never, "the first of the tasks is not masked: add --mask-first, or --mask none")
+    return c
+
+
+def run_folder(c, out):
+    """Bears what the run is; of many tasks the first alone, as config.json lists them all."""
+    names = [Path(task).name for task in c.tasks]
+    what = f"order{c.order}" if c.order else "+".join(names)
+    if len(what) > 100:
+        what = f"{names[0][:80]}+{len(names) - 1}more"
+    return Path(out, f"{what}-{c.model_name}-{c.method.replace(' ', '-')}-s{c.seed}")
+
+
+def check_folder(folder, c, resume):
+    """A folder in use is gone on with on request alone, and by the run that it belongs to."""
+    fault = f"{folder} is in use: add --resume to go on with it, or choose another --out"
+    check(resume or not folder.exists(), fault)
+    if (folder / "config.json").exists():
+        before, now = read_json(folder / "config.json"), vars(c)
+        same = ("versions", "checkpointing")
+        differ = [name for name in now if name not in same and before.get(name) != now[name]]
+        faults = "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in differ)
+        check(not differ, f"{folder} has other arguments: {faults}")
+
 
 # ---- one task: the training loop
+
+
 def seeded(seed, index):
     """A generator for a task, the same however the run came to it; torch is seeded too."""
     sequence = np.random.SeedSequence([seed, index])
     torch.manual_seed(int(sequence.generate_state(1)[0]))
     return np.random.default_rng(sequence)
+
+
 def make_optimizer(model, c):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adamw = dict(weight_decay=0.01, fused=model.lm_head.weight.device.type in ("cpu", "cuda"))
-    return torch.optim.SGD(trained, c.lr) if c.optimizer == "sgd" else torch.optim.AdamW(trained, c.lr, **adamw)
+    """The paper's AdamW; as in transformers, norms, biases and position tables do not decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if c.optimizer == "sgd":
+        return torch.optim.SGD(trained.values(), c.lr)
+    decayed = [p for name, p in trained.items() if p.dim() > 1 and "bias" not in name]
+    others = [p for name, p in trained.items() if p.dim() == 1 or "bias" in name]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, c.lr, fused=model.device.type in ("cpu", "cuda"))
+
+
+def make_masker(model, c):
+    criterion = "magnitude" if c.mask == "migu" else c.mask
+    try:
+        if c.row_sparse:
+            return RowSparseMIGU(model, c.threshold, c.layers)
+        return MIGU(model, c.threshold, criterion, c.layers)
+    except ValueError as error:
+        raise UserError(f"--layers: {error}") from None
+
+
+def count_targets(rows):
+    """How many tokens a model must write."""
+    return sum(label != -100 for _, labels in rows for label in labels)
+
 
 def train_step(model, optimizer, masker, batch, c, earlier):
-    """One update by rows of (input ids, labels). Returns loss and fraction of rows kept, () on the device: no step waits for it."""
-    targets = lambda rows: sum(label != -100 for _, labels in rows for label in labels)
-    dtype, total, whole = getattr(torch, c.dtype), 0.0, targets(batch)
+    """One update by rows of (input ids, labels). Returns loss, rows kept / rows, gradient norm.
+
+    Each is (), on the device: reading it would wait for a GPU.
+    """
+    dtype = getattr(torch, c.dtype)
+    total = 0.0
     for start in range(0, len(batch), c.micro_batch):
-        part = batch[start:start + c.micro_batch]                  # the loss is the mean over all of the batch's targets
-        with torch.autocast(model.lm_head.weight.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model.loss(**data.collate(*zip(*part))) * (targets(part) / whole)
+        part = batch[start : start + c.micro_batch]
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model.loss(**data.collate(*zip(*part)))
+        # The mean over the targets of the whole batch, however it is cut.
+        loss = loss * (count_targets(part) / count_targets(batch))
         loss.backward()
         total = total + loss.detach()
-    if c.tune == "olora":
-        orthogonality_penalty(model, earlier, c.l1, c.l2).backward()
-    kept = masker.mask_gradients() if masker else 1.0              # MIGU: the rows of small magnitude get no gradient
+    if earlier:
+        (c.l1 * orthogonality_penalty(model, earlier)).backward()
+    kept = 1.0
+    if masker:
+        kept = masker.mask_gradients()  # MIGU: the rows of small magnitude get no gradient
+    norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
-    return total, kept
+    return total, kept, norm
 
-def train_task(model, rows, c, masked, rng, name, epochs, earlier):
-    """Train on rows of (input ids, labels), with a fresh optimizer; returns (step, loss, kept) of each step."""
-    optimizer, log = make_optimizer(model, c), []
-    masker = MIGU(model, c.threshold, c.criterion, c.layers, c.row_sparse) if masked else None
+
+def train_task(model, rows, c, masker, rng, name, epochs, earlier):
+    """Train on rows of (input ids, labels) with a fresh optimizer; a log entry for each step."""
+    optimizer = make_optimizer(model, c)
+    steps = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)]
+    log = []
     model.train()
-    bar = tqdm([batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)], desc=f"train {name}", unit="step")
+    bar = tqdm(steps, desc=f"train {name}", unit="step")
     for step, batch in enumerate(bar, 1):
-        loss, kept = train_step(model, optimizer, masker, batch, c, earlier)
-        log.append((step, loss, kept))
-        if step % 10 == 0 or step == len(bar):                     # reading a number waits for the GPU: not every step
+        loss, kept, norm = train_step(model, optimizer, masker, batch, c, earlier)
+        log.append((name, step, loss, kept, norm))
+        if step % 10 == 0 or step == len(steps):  # not each step: reading waits for the GPU
             bar.set_postfix(loss=f"{float(loss):.3f}")
-            if not math.isfinite(loss + sum(p.detach().sum() for p in optimizer.param_groups[0]["params"])):
-                raise FloatingPointError(f"loss or weights not finite at step {step} of {name}: lower --lr; what is finished is kept")
+            fault = f"the gradient's norm is {float(norm)} at step {step} of {name}: lower --lr"
+            check(math.isfinite(norm), f"{fault}; finished tasks are kept")
+    finite = all(p.isfinite().all() for p in model.parameters())
+    check(finite, f"weights not finite at step {step} of {name}: lower --lr")
+    return [
+        (name, step, float(loss), float(kept), float(norm)) for _, step, loss, kept, norm in log
+    ]
+
+
+# ---- one stage of a run: a task (--joint: all), what is replayed of earlier ones, the tests
+
+
+def stage_examples(c, tasks, stage):
+    """The training examples of a task, and a fixed part of those of each earlier one."""
+    if c.joint:
+        return [example for task in tasks for example in task.train]
+    examples = list(tasks[stage].train)
+    for j, past in enumerate(tasks[:stage]):
+        order = np.random.default_rng([c.seed, j]).permutation(len(past.train))
+        examples += [past.train[i] for i in order[: int(len(order) * c.replay)]]
+    return examples
+
+
+def stage_name(c, tasks, stage):
+    return "+".join(task.name for task in tasks) if c.joint else tasks[stage].name
+
+
+def shrink_frozen(model, c):
+    """Frozen linear weights in the type of the arithmetic, which else converts them in each step.
+
+    Adapted ones and the head (it may be the embedding) stay: folding must not drift.
+    """
+    for layer in model.modules():
+        frozen = type(layer) is nn.Linear and not layer.weight.requires_grad
+        if frozen and layer is not model.lm_head:
+            layer.to(getattr(torch, c.dtype))
+
+
+def unrounded_weights(model, source):
+    """The plain model's weights; those that shrink_frozen() rounded come from where they began."""
+    weights = plain_weights(model)
+    rounded = [name for name, weight in weights.items() if weight.dtype != torch.float32]
+    if rounded:
+        base = load_model(source)
+        weights |= {name: base.get_parameter(name) for name in rounded}
+    return weights
+
+
+def train_stage(model, tokenizer, c, tasks, stage, earlier):
+    """Train on a stage's examples. Returns its log, and O-LoRA's A of all tasks so far."""
+    rng, name = seeded(c.seed, stage), stage_name(c, tasks, stage)
+    examples = stage_examples(c, tasks, stage)
+    rows = [data.training_row(tokenizer, e, not isinstance(model, T5)) for e in examples]
+    if c.tune in ("inclora", "olora"):  # a new adapter, folded in once it is trained
+        add_lora(model)
+        shrink_frozen(model, c)
+    masker = None if c.mask == "none" else make_masker(model, c)
+    if masker and stage == 0 and not c.mask_first:
+        masker.remove()  # it was made all the same: a wrong --layers is found at once
+        masker = None
+    epochs = c.epochs or (2 if (c.order, name) in data.TWO_EPOCHS else 1)
+    log = train_task(model, rows, c, masker, rng, name, epochs, earlier)
     if masker:
         masker.remove()
-    return [(step, float(loss), float(kept)) for step, loss, kept in log]
-
-# ---- one run: the tasks in turn
-def prepare(folder, source, c, finished):
-    """The model as it was left, and what is kept of its adapters: LoRA's own, or O-LoRA's earlier A, layer -> (ranks, d_in)."""
-    model, kept = load_model(folder / "model" if finished and c.tune != "lora" else source), {}
-    model.c.checkpointing = c.checkpointing
-    if c.tune in ("lora", "olora") and finished:
-        kept = {name: t.to(c.device, copy=True) for name, t in read_safetensors(folder / "adapters" / f"{finished}.safetensors").items()}
-    seeded(c.seed, 0)
-    if c.tune != "full":
-        add_lora(model, dtype=getattr(torch, c.dtype))
-    if c.mask != "none":
-        MIGU(model, c.threshold, c.criterion, c.layers).remove()   # --layers must select something before hours go by
-    if c.tune == "lora":
-        model.load_state_dict(kept, strict=False)
-    else:
-        merge_lora(model)                                          # B is zero: the plain model
-    return model.to(c.device), kept
-def peak_memory(device):
-    """Gigabytes that torch has held on a GPU at most, or the process on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if "cuda" in device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-6
-def learn(model, kept, c, tasks, tokenizer, stage):
-    """Train on a task and what is replayed of earlier ones (--joint: on all). Returns what is kept of adapters, log, speeds."""
-    now, started, rng = tasks if c.joint else [tasks[stage]], time.perf_counter(), seeded(c.seed, stage)
-    name, examples = "+".join(task.name for task in now), [example for task in now for example in task.train]
-    for j, past in enumerate(tasks[:stage]):
-        order = np.random.default_rng([c.seed, j]).permutation(len(past.train))            # the same for every later task
-        examples += [past.train[i] for i in order[:int(len(order) * c.replay)]]
-    rows = [tokenizer.training_row(example) for example in examples]
-    epochs = c.epochs or (2 if (c.order, name) in data.TWO_EPOCHS else 1)
-    masked = c.mask != "none" and (stage > 0 or c.mask_first)
-    if c.tune in ("inclora", "olora"):                             # a new adapter, folded in when it is trained
-        add_lora(model, dtype=getattr(torch, c.dtype))
-    log = train_task(model, rows, c, masked, rng, name, epochs, kept if c.tune == "olora" else {})
-    if c.tune == "lora":
-        kept = {key: p.detach() for key, p in model.named_parameters() if ".lora_" in key}
-    elif c.tune == "olora":
-        new = {key: layer.lora_A.weight.detach() for key, layer in adapted(model).items()}
-        kept = {key: torch.cat([kept[key], new[key]]) if kept else new[key] for key in new}
+    if c.tune == "olora":
+        new = {name: layer.lora_A.weight.detach() for name, layer in lora_layers(model).items()}
+        earlier = {name: torch.cat([earlier.get(name, A[:0]), A]) for name, A in new.items()}
     if c.tune in ("inclora", "olora"):
         merge_lora(model)
-    seconds, count = time.perf_counter() - started, epochs * len(rows)
-    tokens = epochs * sum(len(ids) + (not tokenizer.decoder_only) * len(labels) for ids, labels in rows)
-    return kept, log, {"task": name, "train_seconds": seconds, "train_examples_per_second": count / seconds,
-                       "train_tokens_per_second": tokens / seconds, "test_seconds": 0.0, "peak_memory_gb": peak_memory(c.device)}
-def write_csv(path, rows):
-    csv.writer(argparse.Namespace(write=(lines := []).append), lineterminator="\n").writerows(rows)
-    write_file(path, lines)
+    return log, earlier
 
-def run(folder, config, source, tasks, tokenizer):
-    """Train on each task, save, test as --eval says. The weights' file also tells what is finished: one rename saves both."""
-    c, names, results = argparse.Namespace(**config), [task.name for task in tasks], folder / "results.json"
-    state = {"stages": [], "matrix": [[None] * len(tasks) for _ in tasks], "log": []}
-    with explained(ValueError, OSError):
-        if (weights := folder / "model" / "model.safetensors").exists():
-            read_safetensors(weights, metadata := {})
-            check("migu" in metadata, f"{weights} was not written by a run: move {folder} away, or choose another --out")
-            state = json.loads(metadata["migu"])
-        finished, stages = len(state["stages"]), 1 if c.joint else len(tasks)
-        if finished == stages and results.exists() and len(read_json(results).get("stages", ())) == stages:
-            return print("nothing left to do")
-        model, kept = prepare(folder, source, c, finished)
-        check(len(tokenizer.pieces) <= model.c.vocab_size and tokenizer.decoder_only != isinstance(model, T5),
-              f"{source}: the tokenizer does not fit the model")
-    write_file(folder / "config.json", [json.dumps(config, indent=1)])
-    for stage in range(max(finished - 1, 0), stages):
-        if stage >= finished:                                      # else it is trained, and maybe not tested
-            kept, log, speeds = learn(model, kept, c, tasks, tokenizer, stage)
-            state["stages"].append(speeds)
-            state["log"] += [(speeds["task"], *entry) for entry in log]
-            write_csv(folder / "log.csv", [("task", "step", "loss", "kept"), *state["log"]])
-            if kept:
-                write_safetensors(folder / "adapters" / f"{stage + 1}.safetensors", kept)
-            save_model(model, folder / "model", {"migu": json.dumps(state)}, plain_weights(model))
-        speeds, tested, last = state["stages"][stage], 0, len(tasks) - 1 if c.joint else stage
-        budget = 65536 if "cuda" in c.device and not tokenizer.decoder_only else 16384     # Llama's cache is larger
-        for j in range(last + 1) if c.eval == "all" or stage == stages - 1 else ():
-            state["matrix"][last][j], predictions, seconds = evaluation.evaluate(
-                model, tokenizer, tasks[j].test, getattr(torch, c.dtype), budget, names[j])
-            lines = [json.dumps({**e._asdict(), "prediction": p}) + "\n" for e, p in zip(tasks[j].test, predictions)]
-            write_file(folder / "predictions" / f"{last + 1}-{names[last]}" / f"{names[j]}.jsonl", lines)
-            tested, speeds["test_seconds"] = tested + len(predictions), speeds["test_seconds"] + seconds
-            speeds["test_examples_per_second"] = tested / speeds["test_seconds"]
-        matrix = np.array(state["matrix"], float)
-        measures = {name: None if np.isnan(x := getattr(evaluation, name)(matrix)) else x for name in evaluation.MEASURES}
-        write_csv(folder / "matrix.csv", [["", *names], *([name, *row] for name, row in zip(names, state["matrix"]))])
-        write_file(results, [json.dumps({
-            "tasks": names, "matrix": state["matrix"], **measures, "stages": state["stages"], "peak_memory_gb": speeds["peak_memory_gb"],
-            "seconds": sum(s["train_seconds"] + s["test_seconds"] for s in state["stages"])}, indent=1)])
-        print(", ".join(f"{key.replace('_', ' ')} {x if key == 'task' else format(x, '.4g')}" for key, x in speeds.items()))
-        print(evaluation.matrix_table(names, matrix), flush=True)
+
+def test_stage(model, tokenizer, c, tasks, stage, folder):
+    """Accuracies on the tasks seen so far, NaN where not tested; predictions go to the folder."""
+    accuracies = np.full(len(tasks), np.nan)
+    last = len(tasks) - 1 if c.joint else stage
+    is_t5 = isinstance(model, T5)
+    budget = 65536 if "cuda" in c.device and is_t5 else 16384  # Llama caches more
+    for j in range(last + 1 if c.eval == "all" or last == len(tasks) - 1 else 0):
+        name, examples = tasks[j].name, tasks[j].test
+        sources = [data.source_row(tokenizer, example.prompt, not is_t5) for example in examples]
+        dtype = getattr(torch, c.dtype)
+        predictions = evaluation.evaluate(model, tokenizer, sources, dtype, budget, name)
+        accuracies[j] = evaluation.accuracy(predictions, examples)
+        lines = []
+        for example, prediction in zip(examples, predictions):
+            lines.append(json.dumps({**example._asdict(), "prediction": prediction}) + "\n")
+        place = folder / "predictions" / f"{last + 1}-{tasks[last].name}" / f"{name}.jsonl"
+        write_text(place, "".join(lines))
+    return accuracies
+
+
+# ---- one run: its stages in turn, each saved when it is done
+
+
+def load_state(folder, c, tasks):
+    """What finished stages left in a run's folder; the weights' file tells how many they are."""
+    state = argparse.Namespace(finished=0, stages=[], log=[])
+    state.matrix = np.full((len(tasks), len(tasks)), np.nan)
+    weights = folder / "model" / "model.safetensors"
+    if weights.exists():
+        _, _, metadata = open_safetensors(weights)
+        ours = metadata.get("finished", "").isdigit()
+        check(
+            ours, f"{weights} was not written by a run: move {folder} away, or choose another --out"
+        )
+        state.finished = int(metadata["finished"])
+        results = read_json(folder / "results.json")
+        state.stages = results["stages"][: state.finished]
+        last = len(tasks) if c.joint else state.finished
+        state.matrix[:last] = np.array(results["matrix"], float)[:last]
+        done = {stage["task"] for stage in state.stages}
+        with open(folder / "log.csv", encoding="utf-8", newline="") as file:
+            state.log = [row for row in csv.reader(file) if row[0] in done]
+    return state
+
+
+def load_stage(folder, source, c, finished):
+    """The model, and O-LoRA's earlier A, as the last finished stage left them."""
+    adapters = folder / "adapters" / f"{finished}.safetensors"
+    model = load_model(folder / "model" if finished and c.tune != "lora" else source)
+    model.checkpointing = c.checkpointing
+    earlier = {}
+    if c.tune == "lora":
+        seeded(c.seed, 0)
+        add_lora(model)
+        shrink_frozen(model, c)
+    if c.tune in ("lora", "olora") and finished:
+        earlier = {name: A.clone() for name, A in read_safetensors(adapters).items()}
+    if c.tune == "lora":
+        model.load_state_dict(earlier, strict=False)
+        earlier = {}
+    return model.to(c.device), {name: A.to(c.device) for name, A in earlier.items()}
+
+
+def save_stage(model, folder, source, c, finished, earlier):
+    """Last of all come the weights: their rename is what makes a stage finished."""
+    adapters = earlier
+    if c.tune == "lora":
+        adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    if adapters:
+        write_safetensors(folder / "adapters" / f"{finished}.safetensors", adapters)
+    weights = unrounded_weights(model, source)
+    save_model(model, folder / "model", weights, {"finished": str(finished)})
+
+
+def write_csv(path, rows):
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    write_text(path, file.getvalue())
+
+
+def write_results(folder, tasks, state):
+    names = [task.name for task in tasks]
+    matrix = [[None if np.isnan(x) else float(x) for x in row] for row in state.matrix]
+    write_csv(folder / "matrix.csv", [["", *names], *([n, *row] for n, row in zip(names, matrix))])
+    write_csv(folder / "log.csv", [("task", "step", "loss", "kept", "norm"), *state.log])
+    results = {"tasks": names, "matrix": matrix, **evaluation.measures(state.matrix)}
+    results["seconds"] = sum(s["train_seconds"] + s["test_seconds"] for s in state.stages)
+    results["stages"] = state.stages
+    write_text(folder / "results.json", json.dumps(results, indent=1))
+
+
+def run(folder, c, tasks, tokenizer):
+    """Train on each task, test as --eval says, save."""
+    stages = 1 if c.joint else len(tasks)
+    state = load_state(folder, c, tasks)
+    if state.finished == stages:
+        return print("nothing left to do")
+    model, earlier = load_stage(folder, c.model, c, state.finished)
+    check_tokenizer(model, tokenizer, c.model)
+    write_text(folder / "config.json", json.dumps(vars(c), indent=1))
+    for stage in range(state.finished, stages):
+        started = time.perf_counter()
+        log, earlier = train_stage(model, tokenizer, c, tasks, stage, earlier)
+        trained = time.perf_counter()
+        state.matrix[-1 if c.joint else stage] = test_stage(
+            model, tokenizer, c, tasks, stage, folder
+        )
+        tested = time.perf_counter()
+        state.log += log
+        report = {"task": stage_name(c, tasks, stage), "train_seconds": trained - started}
+        report["test_seconds"] = tested - trained
+        if "cuda" in c.device:
+            report["gpu_memory_gb"] = torch.cuda.max_memory_allocated(c.device) / 1e9
+        state.stages.append(report)
+        write_results(folder, tasks, state)
+        save_stage(model, folder, c.model, c, stage + 1, earlier)
+        print(", ".join(f"{key} {x if key == 'task' else f'{x:.1f}'}" for key, x in report.items()))
+        print(evaluation.matrix_table([task.name for task in tasks], state.matrix), flush=True)
+
+
+def check_tokenizer(model, tokenizer, source):
+    tokens, rows = len(tokenizer), model.config.vocab_size
+    check(tokens <= rows, f"{source}: the tokenizer has {tokens} tokens, the model {rows}")
+    end = tokenizer.eos_id
+    fault = f"{source}: config.json's eos_token_id {model.eos} lacks the tokenizer's end, {end}"
+    check(end in model.eos, f"{fault}: mend it")
+
+
+# ---- commands
+
+
+def train(args):
+    """Each order with each seed, one run after another. Returns the runs' folders."""
+    runs = {}
+    for order in args.order or [None]:
+        for seed in args.seed or [42]:
+            c = settings(args, order, seed)
+            runs[run_folder(c, args.out)] = c
+    for folder, c in runs.items():
+        check_folder(folder, c, args.resume)
+    names = dict.fromkeys(name for c in runs.values() for name in c.tasks)
+    here = [data.task_folder(args.data, name).exists() for name in names if name in data.GROUP_OF]
+    if not all(here):
+        download.fetch_data(args.data)
+    source = model_folder(args.model)
+    if not (source / "config.json").exists():
+        download.fetch_model(args.model)
+    tokenizer = data.load_tokenizer(source)
+    limits = (args.limit or [None]) * 2
+    tasks = {name: data.load_task(args.data, name, limits) for name in names}
+    for task in tasks.values():
+        evaluation.check_task(task, tokenizer)
+    for folder, c in runs.items():
+        print(f"# {folder}", flush=True)
+        run(folder, c, [tasks[name] for name in c.tasks], tokenizer)
+    print(evaluation.compare(runs))
+    return list(runs)
+
+
+# ---- the demo: what a user would type, on a tiny T5 and tasks made here
+
+DEMO_T5 = {
+    "vocab_size": 600,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 256,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 32,
+}
+
 
 def demo(args):
-    """Plain tuning beside MIGU on made-up tasks: the commands a user would type, on a tiny T5 made here."""
-    root = Path(args.out) / "demo"
-    if root.exists():
-        fail(f"{root} is in use: remove it, or choose another --out")
-    known, new = [f"{root}/known/words{i}" for i in range(12)], [f"{root}/new/{name}" for name in ("alpha", "beta", "gamma", "delta")]
-    data.make_demo(known, sizes=(200, 25), seed=1)
-    data.make_demo(new, sizes=(400, 100), seed=2)
-    tasks = [data.load_task("", folder) for folder in known + new]
-    seeded(0, 0)
-    model = T5(data.DEMO_T5)
-    model.files["spiece.model"] = data.train_vocabulary([text for task in tasks for example in task.train for text in example])
+    """Plain tuning beside MIGU: how much of the old and the new tasks is left."""
+    root, seeds = Path(args.out, "demo"), args.seed or [42, 1024, 2048]
+    check(not root.exists(), f"{root} is in use: remove it, or choose another --out")
+    known = [f"{root}/known/words{i}" for i in range(12)]
+    new = [f"{root}/new/{name}" for name in ("alpha", "beta", "gamma", "delta")]
+    make_demo(root, known, new)
+    joint = "--joint --mask none --lr 1e-3 --epochs 6"
+    (folder,) = demo_step("A tiny T5 learns 12 tasks at once", known, root, "untrained", joint)
+    shutil.copytree(folder / "model", root / "tiny-t5")
+    found = []
+    for mask, how in (("none", "Plainly"), ("migu", "With MIGU")):
+        title = f"{how}, it learns four more, one after another"
+        each = f"--mask {mask} --lr 5e-4 --epochs 5 --eval all --seed {' '.join(map(str, seeds))}"
+        folders = demo_step(title, new, root, "tiny-t5", each)
+        found.append([demo_measures(folder, known) for folder in folders])
+    rows = [["", "average accuracy", "backward transfer", "accuracy on the 12 known tasks"]]
+    plain, migu = np.array(found)  # (seeds, 3) each
+    for how, values in (("plain", plain), ("MIGU", migu), ("gain", migu - plain)):
+        spread = values.std(0, ddof=1) if len(seeds) > 1 else np.zeros(3)
+        rows.append(
+            [how, *(f"{mean:.1f} ± {std:.1f}" for mean, std in zip(values.mean(0), spread))]
+        )
+    for seed, gains in zip(seeds, migu - plain):
+        rows.append([f"gain, seed {seed}", *(f"{gain:+.1f}" for gain in gains)])
+    print(f"\nIn percent, mean ± std over the seeds {seeds}:\n{evaluation.table(rows)}")
+
+
+def make_demo(root, known, new):
+    """Write the tasks, and an untrained T5 with a vocabulary of its own."""
+    texts = []
+    for folders, sizes, seed in ((known, (200, 25), 1), (new, (400, 100), 2)):
+        rng = np.random.default_rng(seed)
+        for folder in folders:
+            data.make_demo_task(folder, sizes, rng)
+            texts += [text for example in data.load_task("", folder).train for text in example]
+    torch.manual_seed(0)
+    model = T5(DEMO_T5)
+    model.files["spiece.model"] = data.train_vocabulary(texts, DEMO_T5["vocab_size"])
     save_model(model, root / "untrained")
-    learned, rows = root / "untrained", [["", "average accuracy", "backward transfer", "accuracy on the 12 known tasks"]]
-    for title, names, settings in (
-            ("A tiny T5 learns 12 tasks at once", known, "--joint --mask none --lr 1e-3 --epochs 6"),
-            ("Plainly, it learns four more, one after another", new, "--mask none --lr 5e-4 --epochs 5 --eval all"),
-            ("With MIGU, it learns the same four", new, "--mask migu --lr 5e-4 --epochs 5 --eval all")):
-        command = ["--tasks", *names, "--model", str(learned), *settings.split(), "--batch-size", "32", "--seed", str(args.seed[0]),
-                   "--device", "cpu", "--out", str(root)]
-        print(f"\n{title}.\n$ python train.py {' '.join(command)}", flush=True)
-        (folder, results), = main(command)
-        tests = [example for task in tasks[:len(known)] for example in task.test]
-        skill, *_ = evaluation.evaluate(load_model(folder / "model"), data.load_tokenizer(learned), tests)
-        rows.append([title.split(",")[0], *map(evaluation.cell, (results["average_accuracy"], results["backward_transfer"], skill))])
-        learned = shutil.copytree(folder / "model", root / "tiny-t5") if names is known else learned
-    gains = [f"{title} {float(migu) - float(plain):+.1f}" for title, _, plain, migu in [*zip(*rows)][1:]]
-    print(f"\n{evaluation.table(rows)}\n\nMIGU against plain tuning, seed {args.seed[0]}, in points: {', '.join(gains)}")
+
+
+def demo_step(title, tasks, root, model, arguments):
+    words = ["--tasks", *tasks, "--model", f"{root}/{model}", *arguments.split()]
+    words += ["--batch-size", "32", "--device", "cpu", "--out", str(root)]
+    print(f"\n{title}.\n$ python train.py {' '.join(words)}", flush=True)
+    return train(parse_args(words))
+
+
+def demo_measures(folder, known):
+    """Average accuracy, backward transfer, and accuracy on the tasks known before."""
+    model, tokenizer = load_model(folder / "model"), data.load_tokenizer(folder / "model")
+    tests = [example for task in known for example in data.load_task("", task).test]
+    sources = [data.source_row(tokenizer, example.prompt, False) for example in tests]
+    skill = evaluation.accuracy(evaluation.evaluate(model, tokenizer, sources), tests)
+    results = read_json(folder / "results.json")
+    return results["average_accuracy"], results["backward_transfer"], skill
+
 
 def main(argv=None):
-    args = parse_args(argv)
-    if args.demo:
-        with explained(OSError):
-            return demo(args)
-    if args.bench:
-        import test_migu                                           # it measures, beside the tests (and imports pytest)
-        return test_migu.bench(args)
-    with explained(ValueError, OSError):
-        runs = plan(args)
-        needed = {name for _, config in runs for name in config["tasks"]}
-        folders = [data.task_folder(args.data, name) for name in needed & data.GROUP_OF.keys()]
-        if not all((folder / f"{part}.json").exists() for folder in folders for part in ("train", "test", "labels")):
-            download.fetch_data(args.data)
-        tasks = {name: data.load_task(args.data, name, args.limit) for name in sorted(needed)}
-        source = Path(args.model) if args.model[:1] in "./~" or Path(args.model).exists() else Path("models", args.model)
-        if source != Path(args.model) and not (source / "config.json").exists():
-            download.fetch_model(args.model)
-        tokenizer = data.load_tokenizer(source)
-    for folder, config in runs:
-        print(f"# {folder}", flush=True)
-        with explained(OSError, FloatingPointError, torch.OutOfMemoryError):
-            run(folder, config, source, [tasks[name] for name in config["tasks"]], tokenizer)
-    print(evaluation.compare([folder for folder, _ in runs]))
-    return [(folder, read_json(folder / "results.json")) for folder, _ in runs]
+    with one_line_errors("train.py"):
+        args = parse_args(argv)
+        (demo if args.demo else train)(args)
+
 
 if __name__ == "__main__":
     main()
