@@ -1,163 +1,275 @@
-"""Fetch models and the benchmark, resumed where cut and verified file by file:  python download.py t5-large data
+"""Fetch models and the benchmark:  python download.py t5-large data
 
-Models come from the Hugging Face hub (HF_ENDPOINT: another server; HF_TOKEN: for gated models) into models/, the 15 tasks
-from O-LoRA's repository into data/. What is there and right is left alone; no half file ever has its final name.
+Models come from the Hugging Face hub into models/, the 15 tasks from O-LoRA's repository into
+data/. HF_ENDPOINT names another server, HF_TOKEN opens gated models. What is there and right is
+left alone, a cut transfer goes on where it stopped, and no file has its name before it is right.
 """
 
-import contextlib, hashlib, http.client, json, os, re, sys, urllib.error, urllib.request
+import functools
+import hashlib
+import http.client
+import io
+import os
+import re
+import shutil
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import namedtuple
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin
+
 from tqdm import tqdm
+
+from model import TOKENIZER_FILES, UserError, check, lock, one_line_errors, parse_json
 
 MODELS = {
     "t5-large": "google-t5/t5-large",
     "flan-t5-large": "google/flan-t5-large",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
     "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
 }
-WANTED = r"[^/]*(\.safetensors(\.index\.json)?|config\.json)|spiece\.model|tokenizer[^/]*|special_tokens_map\.json"
-GITHUB, RAW = "https://api.github.com", "https://raw.githubusercontent.com"
-BENCHMARK, COMMIT = "cmnfriend/O-LoRA", "07117e1fc4a5f5ad9308a815a42cee8f46502dc8"
+
+NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+# Of a repository only what load_model and load_tokenizer read is fetched.
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = r"[\w.-]+\.safetensors"
+SENTENCEPIECE = {"t5": "spiece.model", "llama": "tokenizer.model"}  # by model_type
+
+GITHUB = "https://api.github.com"
+RAW = "https://raw.githubusercontent.com"
+BENCHMARK = "cmnfriend/O-LoRA"
+COMMIT = "07117e1fc4a5f5ad9308a815a42cee8f46502dc8"
+TASK_FILE = r"CL_Benchmark/[\w-]+/[\w-]+/(train|test|labels)\.json"  # dev is a copy of test
+
 REFUSALS = {
-    404: "not there: check the name",
-    401: "not there, or gated: accept its licence on its page and set HF_TOKEN",
+    401: "not there, or gated: check the name, or accept its licence on its page and set HF_TOKEN",
     403: "refused: accept its licence with the account of HF_TOKEN, or try again in an hour",
+    404: "not there: check the name",
 }
+NETWORK_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    urllib.error.URLError,
+)
+UNEXPECTED = "the answer is not the expected JSON: check the network and HF_ENDPOINT"
+WAITS = (1, 2, 4, 8)  # seconds, each before another try
+LONGEST_WAIT = 60  # even if a server asks for more
+
+# digest: 64 hex digits are the sha-256 of the content, 40 the sha-1 that git gives it
+File = namedtuple("File", "url size digest")
 
 
-class SameHostToken(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, request, *args):
-        """Follows a redirect, but takes the token to no other host."""
-        new = super().redirect_request(request, *args)
-        if new and urlsplit(new.full_url)[:2] != urlsplit(request.full_url)[:2]:
-            new.remove_header("Authorization")
-        return new
+# ---- asking a server
 
 
-def open_url(url, token=None, start=0):
-    """A response, from byte `start` on; OSError says in one line what a refusal means."""
-    headers = {
-        "User-Agent": "migu",
-        "Authorization": token and f"Bearer {token}",
-        "Range": start and f"bytes={start}-",
-    }
-    request = urllib.request.Request(
-        url, headers={name: value for name, value in headers.items() if value}
-    )
-    try:
-        return urllib.request.build_opener(SameHostToken).open(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        raise OSError(
-            f"{url}: {error.code} {error.reason}: {REFUSALS.get(error.code, 'try again later')}"
-        ) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(
-            f"{url}: no answer ({getattr(error, 'reason', error)}): check the network"
-        ) from None
+def hub():
+    """The hub's address, without a slash at its end."""
+    address = os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co"
+    check(re.fullmatch("https?://[!-~]+", address), f"HF_ENDPOINT {address!r} is no https://...")
+    return address.rstrip("/")
 
 
-def read_listing(url, token=None):
-    try:
-        return json.load(open_url(url, token))
-    except (ValueError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: the answer is not a listing: {error}") from None
+def make_request(url, span):
+    """span: a Range, or nothing. The token goes to the hub alone, and is never printed."""
+    request = urllib.request.Request(url, headers={"User-Agent": "migu"})
+    if span:
+        request.add_header("Range", span)
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and url.startswith(f"{hub()}/"):
+        check(re.fullmatch("[!-~]+", token), "HF_TOKEN holds what no token does: copy it again")
+        request.add_header("Authorization", f"Bearer {token}")
+    return request
 
 
-def is_right(path, size, digest):
-    """Whether a file has this hash: 64 digits are sha-256, 40 a git blob's sha-1, which is of its size too."""
-    hasher = hashlib.sha256() if len(digest) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Asks the new address afresh, so that the token goes to no other host."""
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # not in Python 3.10
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        return make_request(url, request.get_header("Range"))
+
+
+OPENER = urllib.request.build_opener(Redirects)
+
+
+def receive(url, target):
+    """Append to a file what it lacks of what `url` holds; returns the answer's headers.
+
+    After a cut, or where the server is busy or the network fails, it waits a little and goes on.
+    UserError: a refusal, or several tries without a new byte.
+    """
+    tries = 0
+    while True:
+        start, asked = target.tell(), ""  # asked: the seconds that a busy server asks for
+        try:
+            request = make_request(url, start and f"bytes={start}-")
+            with OPENER.open(request, timeout=30) as response:
+                if response.status != 206:
+                    target.truncate(target.seek(0))  # The server begins at the beginning.
+                shutil.copyfileobj(response, target, 1 << 20)
+                if not response.length:
+                    return response.headers
+            fault = f"cut off at byte {target.tell()}: run again, it goes on from there"
+        except urllib.error.HTTPError as error:
+            fault = f"{error.code} {error.reason}: {REFUSALS.get(error.code, 'try again later')}"
+            check(error.code >= 500 or error.code in (408, 429), f"{url}: {fault}")
+            asked = error.headers.get("Retry-After", "")
+        except NETWORK_ERRORS as error:
+            fault = f"no answer ({getattr(error, 'reason', error)}): check the network"
+        tries = 1 if target.tell() > start else tries + 1
+        check(tries <= len(WAITS), f"{url}: {fault}")
+        wait = int(asked) if asked.isdecimal() else WAITS[tries - 1]
+        time.sleep(min(wait, LONGEST_WAIT))
+
+
+def read_json(url, kind=dict):
+    """The JSON object (or list) at an address, and the answer's headers."""
+    content = io.BytesIO()
+    headers = receive(url, content)
+    return parse_json(f"{url}: {UNEXPECTED}", content.getvalue(), kind), headers
+
+
+def read_listing(url, place):
+    """path -> File, from all pages of the hub's or GitHub's listing; place: where the files lie."""
+    files = {}
+    while url:
+        page, headers = read_json(url, (dict, list))
+        try:
+            for entry in page["tree"] if isinstance(page, dict) else page:
+                if entry["type"] in ("blob", "file"):
+                    digest = (entry.get("lfs") or entry).get("oid") or entry["sha"]
+                    address = f"{place}/{quote(entry['path'])}"
+                    files[entry["path"]] = File(address, int(entry["size"]), str(digest))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{url}: {UNEXPECTED}") from None
+        following = re.search(r'<([^>]*)>[^,<]*rel="?next', headers.get("Link", ""))
+        url = following and urljoin(url, following[1])
+    return files
+
+
+# ---- files: whole and right, or not there
+
+
+def is_right(path, file):
+    """Whether path holds this file: by its size and its hash."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    git = len(file.digest) == 40
+    hasher = hashlib.sha1(b"blob %d\0" % file.size) if git else hashlib.sha256()
+    with open(path, "rb") as content:
+        for block in iter(functools.partial(content.read, 1 << 20), b""):
             hasher.update(block)
-    return hasher.hexdigest() == digest
+    return hasher.hexdigest() == file.digest
 
 
-def fetch(url, path, size, digest, token=None):
-    """Bring one file, going on where a transfer was cut. It gets its name when it is whole and its hash is right."""
-    if path.exists() and is_right(path, size, digest):
+def fetch(file, path):
+    """Bring one file, unless it is there; it gets its name when it is right."""
+    if is_right(path, file):
         return
-    part, cuts = (
-        path.with_name(path.name + ".part"),
-        0,
-    )  # cuts: one after another without a new byte
+    part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    with tqdm(total=size, desc=path.name, unit="B", unit_scale=True) as bar:
-        while (start := part.stat().st_size) < size:
-            if cuts == 5:
-                raise OSError(
-                    f"{url}: cut off at byte {start} of {size}: run again, it goes on from there"
-                )
-            with (
-                open_url(url, token, start) as response,
-                open(part, "ab" if response.status == 206 else "wb") as file,
-            ):
-                bar.n = file.tell()
-                with contextlib.suppress(
-                    http.client.HTTPException, ConnectionError, TimeoutError
-                ):  # keep what came
-                    while block := response.read(1 << 20):
-                        bar.update(file.write(block))
-                file.flush()
-                os.fsync(file.fileno())
-            cuts = cuts + 1 if part.stat().st_size <= start else 0
-    if not is_right(part, size, digest):
+    with open(part, "ab") as target:
+        start = target.tell()
+        if start < file.size:
+            with tqdm.wrapattr(target, "write", file.size, initial=start, desc=path.name) as bar:
+                receive(file.url, bar)
+        target.flush()
+        os.fsync(target.fileno())
+    if not is_right(part, file):
         part.unlink()
-        raise OSError(
-            f"{url}: what came has another hash than its listing, and was removed: run again"
-        )
+        raise UserError(f"{file.url}: what came has another hash than its listing: run again")
     os.replace(part, path)
+
+
+def fetch_all(files, folder):
+    """Bring files (name -> File) in their order; of several processes one after the other."""
+    held = lock(folder / ".lock")
+    if not held:
+        print(f"{folder}: another process fetches it, waiting", file=sys.stderr)
+    while not held:
+        time.sleep(0.2)
+        held = lock(folder / ".lock")
+    with held:
+        for name, file in files.items():
+            fetch(file, folder / name)
+
+
+# ---- models and the benchmark
+
+
+def choose_weights(repo, files):
+    """Names of the files that load_model reads: the weights, or the shards and their index."""
+    if WEIGHTS in files:
+        return [WEIGHTS]
+    check(INDEX in files, f"{repo}: no safetensors of a whole model (adapters are never opened)")
+    index, _ = read_json(files[INDEX].url)
+    check(isinstance(index.get("weight_map"), dict), f"{repo}: {INDEX} has no weight_map")
+    shards = {str(shard) for shard in index["weight_map"].values()}
+    wrong = shards - {name for name in files if re.fullmatch(SHARD, name)}
+    check(not wrong, f"{repo}: {INDEX} names {wrong}, which is none of its safetensors")
+    return [*sorted(shards), INDEX]
+
+
+def check_supported(repo, files, folder):
+    """Refuse a model that could not be loaded, before its weights come."""
+    check("config.json" in files, f"{repo} has no config.json: choose another repository")
+    config, _ = read_json(files["config.json"].url)
+    kind = str(config.get("model_type"))
+    check(kind in SENTENCEPIECE, f"{repo}: model_type {kind} is not supported: only t5 and llama")
+    check("quantization_config" not in config, f"{repo} is quantized: choose its full weights")
+
+    vocabulary = SENTENCEPIECE[kind]
+    if vocabulary in files or (folder / vocabulary).is_file():
+        return
+    way_out = f"copy {vocabulary} from the model it was tuned from to {folder}, and run again"
+    other = kind == "llama" and files.get("tokenizer.json")
+    check(other, f"{repo} has no {vocabulary}: {way_out}")
+    decoder = read_json(other.url)[0].get("decoder")
+    check("ByteLevel" in str(decoder), f"{repo}: tokenizer.json is not a byte-level BPE: {way_out}")
 
 
 def fetch_model(name):
     """Weights (safetensors alone), tokenizer and configuration from the hub -> models/name."""
-    repo, token = quote(MODELS.get(name, name)), os.environ.get("HF_TOKEN")
-    server = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    files = [
-        f
-        for f in read_listing(f"{server}/api/models/{repo}/tree/main", token)
-        if re.fullmatch(WANTED, f["path"])
-    ]
-    if not any(file["path"].endswith(".safetensors") for file in files):
-        raise OSError(
-            f"{repo} has no safetensors, and pickled weights are never opened: choose another repository"
-        )
-    for file in sorted(
-        files, key=lambda file: file["path"] == "config.json"
-    ):  # last: with it the folder counts as whole
-        url = f"{server}/{repo}/resolve/main/{quote(file['path'])}"
-        fetch(
-            url,
-            Path("models", name) / file["path"],
-            file["size"],
-            file.get("lfs", file)["oid"],
-            token,
-        )
+    check(NAME.fullmatch(name), f"{name!r} is neither data, {[*MODELS]}, nor owner/name on the hub")
+    repo = MODELS.get(name, name)
+    folder = Path("models", name)
+    files = read_listing(f"{hub()}/api/models/{repo}/tree/main", f"{hub()}/{repo}/resolve/main")
+    check_supported(repo, files, folder)
+    # config.json comes last: where it is, the folder is whole.
+    wanted = [*TOKENIZER_FILES, *choose_weights(repo, files), "config.json"]
+    fetch_all({path: files[path] for path in wanted if path in files}, folder)
+    return folder
 
 
 def fetch_data(folder="data"):
-    """The 15 tasks -> folder/<group>/<name>/{train,test,labels}.json (dev.json is a copy of test.json)."""
-    for file in read_listing(f"{GITHUB}/repos/{BENCHMARK}/git/trees/{COMMIT}?recursive=1")["tree"]:
-        if match := re.fullmatch(
-            r"CL_Benchmark/([\w-]+/[\w-]+/(train|test|labels)\.json)", file["path"]
-        ):
-            fetch(
-                f"{RAW}/{BENCHMARK}/{COMMIT}/{quote(file['path'])}",
-                Path(folder) / match[1],
-                file["size"],
-                file["sha"],
-            )
+    """The 15 tasks from GitHub -> folder/<group>/<name>/{train,test,labels}.json."""
+    url = f"{GITHUB}/repos/{BENCHMARK}/git/trees/{COMMIT}?recursive=1"
+    files = read_listing(url, f"{RAW}/{BENCHMARK}/{COMMIT}")
+    paths = [path for path in files if re.fullmatch(TASK_FILE, path)]
+    check(len(paths) == 45, f"{url}: {len(paths)} files, not 45 of 15 tasks: try again later")
+    fetch_all({path.removeprefix("CL_Benchmark/"): files[path] for path in paths}, Path(folder))
+    return folder
 
 
 def main(names):
     if not names or names[0].startswith("-"):
-        return print(f"{__doc__}\nNames: data, {', '.join(MODELS)}, or owner/name on the hub.")
-    try:
+        print(f"{__doc__}\nNames: data, {', '.join(MODELS)}, or owner/name on the hub.")
+        return
+    with one_line_errors("download.py"):
         for name in names:
-            fetch_data() if name == "data" else fetch_model(name)
-            print(f"{name}: complete in {'data' if name == 'data' else Path('models', name)}/")
-    except OSError as error:  # also a full disk, or a folder that is not ours
-        sys.exit(print(f"download.py: {error}", file=sys.stderr) or 2)
+            folder = fetch_data() if name == "data" else fetch_model(name)
+            print(f"{name}: complete in {folder}/")
 
 
 if __name__ == "__main__":

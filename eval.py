@@ -10,6 +10,7 @@ import argparse
 import json
 import string
 import unicodedata
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from model import Parser, check, one_line_errors, read_json
 # What runs of one row of a table may differ in: the seed, the tasks, and where they ran.
 NOT_SETTINGS = "seed order tasks model_name versions device data checkpointing row_sparse".split()
 MASK_SETTINGS = "mask threshold layers mask_first method".split()
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 # ---- a model on a task
@@ -29,19 +31,26 @@ MASK_SETTINGS = "mask threshold layers mask_first method".split()
 
 def normalize(text):
     """What is compared: NFKC, lower case, no ASCII punctuation, single spaces. Articles stay."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = text.translate(str.maketrans("", "", string.punctuation))
+    text = unicodedata.normalize("NFKC", text).lower().translate(NO_PUNCTUATION)
     return " ".join(text.split())
 
 
 def is_correct(prediction, answer):
     """An answer of which nothing is left, such as "-" for unknown, is never met."""
-    expected = normalize(answer)
-    return expected != "" and normalize(prediction) == expected
+    return normalize(prediction) == normalize(answer) != ""
 
 
 def check_task(task, tokenizer, longest=50):
-    """UserError unless each label can be written, read back and told from the others."""
+    """UserError unless each label can be written, read back and told from the others.
+
+    And unless the options leave room to the text, and all of it is known to the tokenizer.
+    """
+    options = len(tokenizer.encode(", ".join(task.labels)))
+    check(options < 400, f"task {task.name}: its labels take {options} of a prompt's 512 tokens")
+    for example in task.train + task.test:
+        found = [token for token in tokenizer.unknown if token in example.prompt]
+        fault = f"task {task.name}: {found} in {example.prompt[-60:]!r}"
+        check(not found, f"{fault}: the model's own tokens beyond its vocabulary are not supported")
     meanings = {}
     for label in task.labels:
         ids = tokenizer.encode(label)
@@ -55,14 +64,11 @@ def check_task(task, tokenizer, longest=50):
         check(other == label, f"{where} counts as the same answer as {other!r}: rename one")
 
 
-def until_end(ids, ends):
-    for n, token in enumerate(ids):
-        if token in ends:
-            return ids[:n]
-    return ids
+def autocast(model, dtype):
+    return torch.autocast(model.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def evaluate(model, tokenizer, sources, dtype=torch.float32, tokens=16384, name=""):
+def evaluate(model, tokenizer, sources, dtype="float32", tokens=16384, name=""):
     """Greedy answers to rows of ids. Longest first, in batches of so many tokens with padding."""
     model.eval()
     waiting = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
@@ -74,10 +80,11 @@ def evaluate(model, tokenizer, sources, dtype=torch.float32, tokens=16384, name=
     predictions = [""] * len(sources)
     for batch in tqdm(batches, desc=f"test {name}", leave=False):
         inputs = data.collate([sources[i] for i in batch])
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(model, dtype):
             new = model.generate(**inputs, max_new_tokens=50)
         for i, ids in zip(batch, new.tolist()):
-            predictions[i] = tokenizer.decode(until_end(ids, model.eos))
+            answer = takewhile(lambda token: token not in model.eos, ids)
+            predictions[i] = tokenizer.decode(list(answer))
     return predictions
 
 
@@ -90,25 +97,24 @@ def accuracy(predictions, examples):
 # ---- measures of a sequence of tasks
 
 
+def mean(values):
+    return float(np.mean(values)) if len(values) else np.nan
+
+
 def average_accuracy(matrix):
     """A_T = 1/T sum_t a(T, t): the mean over tasks after the last one."""
-    return float(np.mean(matrix[-1]))
+    return mean(matrix[-1])
 
 
 def backward_transfer(matrix):
     """1/(T-1) sum_{t<T} a(T, t) - a(t, t) (Lopez-Paz & Ranzato 2017); NaN for a single task."""
-    if len(matrix) == 1:
-        return np.nan
-    change = matrix[-1] - matrix.diagonal()
-    return float(change[:-1].mean())
+    return mean((matrix[-1] - matrix.diagonal())[:-1])
 
 
 def forgetting(matrix):
     """1/(T-1) sum_{t<T} max_{k<T} a(k, t) - a(T, t) (Chaudhry et al. 2018); NaN for one task."""
-    if len(matrix) == 1:
-        return np.nan
-    best = np.fmax.reduce(matrix[:-1], axis=0)  # of those that were measured
-    return float((best - matrix[-1])[:-1].mean())
+    best = np.fmax.reduce(matrix[:-1], initial=np.nan)  # of those that were measured
+    return mean((best - matrix[-1])[:-1])
 
 
 MEASURES = (average_accuracy, backward_transfer, forgetting)
@@ -125,133 +131,120 @@ def measures(matrix):
 
 def table(rows):
     """Rows of text, in columns: the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    for first, *others in rows:
+        cells = map(str.rjust, others, widths[1:])
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
-def cell(value):
-    return "-" if value is None or np.isnan(value) else f"{value:.1f}"
+def cell(values, note=""):
+    """The mean, "-" where it is not known; of several values ± the standard deviation too."""
+    if np.isnan(mean(values)):
+        return "-"
+    spread = f" ± {np.std(values, ddof=1):.1f}{note}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
 
 
 def matrix_table(tasks, matrix):
     rows = [["after \\ on", *tasks]]
     for task, accuracies in zip(tasks, matrix):
         if not np.isnan(accuracies).all():
-            rows.append([task, *(cell(value) for value in accuracies)])
+            rows.append([task, *map(cell, accuracies[:, None])])
     return table(rows)
 
 
 # ---- tables and pictures over runs
 
 
-def settings_of(config, but=()):
-    """What runs must share to stand in one row, as text."""
-    shared = {key: x for key, x in config.items() if key not in (*NOT_SETTINGS, *but)}
-    return json.dumps(shared, sort_keys=True)
-
-
 def read_runs(folders):
-    """settings -> column -> seed -> (config, results); a note for each run that is not counted."""
+    """Finished runs, each its config, results and what is derived here; notes on the others."""
     folders = [Path(folder) for folder in folders if Path(folder, "results.json").exists()]
     check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
-    rows, notes = {}, []
+    runs, notes = {}, []
     for folder in folders:
-        config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
-        order, seed = config["order"], config["seed"]
-        column = f"order {order}" if order else " ".join(results["tasks"])
-        if results["average_accuracy"] is None:
+        config = read_json(folder / "config.json")
+        run = {**config, **read_json(folder / "results.json")}
+        run["column"] = f"order {run['order']}" if run["order"] else " ".join(run["tasks"])
+        run["settings"] = leave_out(config, NOT_SETTINGS)
+        but_mask = leave_out(run["settings"], MASK_SETTINGS)
+        run["but_mask"] = json.dumps([but_mask, run["column"], run["seed"]])
+        place = json.dumps([run["settings"], run["column"], run["seed"]])
+        if run["average_accuracy"] is None:
             notes.append(f"not counted, as it is not finished: {folder}")
-            continue
-        seeds = rows.setdefault(settings_of(config), {}).setdefault(column, {})
-        if seed in seeds:
+        elif runs.setdefault(place, run) is not run:
             notes.append(f"not counted, as it repeats another: {folder}")
-        seeds.setdefault(seed, (config, results))
-    return rows, notes
+    return name_rows(list(runs.values())), notes
 
 
-def row_names(rows):
-    """settings -> model, method, and in what it differs from other rows of that name."""
-    configs = {}
-    for settings, columns in rows.items():
-        configs[settings], _ = next(iter(next(iter(columns.values())).values()))
-    names = {}
-    for settings, config in configs.items():
-        words = [config["model_name"], config["method"]]
-        alike = [c for c in configs.values() if [c["model_name"], c["method"]] == words]
-        for key, value in json.loads(settings).items():
-            if any(other.get(key) != value for other in alike):
+def leave_out(settings, names):
+    return {name: value for name, value in sorted(settings.items()) if name not in names}
+
+
+def name_rows(runs):
+    """Gives each run the name of its row: model, method, and in what others of these differ."""
+    for run in runs:
+        words = [run["model_name"], run["method"]]
+        alike = [other for other in runs if [other["model_name"], other["method"]] == words]
+        for key, value in run["settings"].items():
+            if any(other["settings"].get(key) != value for other in alike):
                 words.append(f"{key} {value}")
-        names[settings] = " ".join(words)
-    return dict(sorted(names.items(), key=lambda item: item[1])), configs
+        run["name"] = " ".join(words)
+    return runs
 
 
 def compare(folders):
     """A table a measure: mean, std over seeds, and the gain over the same runs without a mask."""
-    rows, notes = read_runs(folders)
-    names, configs = row_names(rows)
-    columns = sorted({column for row in rows.values() for column in row})
-    unmasked = {}
-    for settings, config in configs.items():
-        if config["mask"] == "none":
-            unmasked[settings_of(config, MASK_SETTINGS)] = rows[settings]
+    runs, notes = read_runs(folders)
+    columns = sorted({run["column"] for run in runs})
     tables = []
-    for measure in (function.__name__ for function in MEASURES):
-        lines = [[measure.replace("_", " "), *columns, "mean", "gain over no mask"]]
-        for settings, name in names.items():
-            plain = unmasked.get(settings_of(configs[settings], MASK_SETTINGS))
-            lines.append([name, *row_cells(rows[settings], plain, columns, measure)])
-        tables.append(table(lines))
+    unmasked = {run["but_mask"]: run for run in runs if run["mask"] == "none"}
+    for function in MEASURES:
+        measure = function.__name__
+        rows = [[measure.replace("_", " "), *columns, "mean", "gain over no mask"]]
+        for name in sorted({run["name"] for run in runs}):
+            row = [run for run in runs if run["name"] == name]
+            rows.append([name, *row_cells(row, unmasked, columns, measure)])
+        tables.append(table(rows))
     return "\n\n".join(tables + notes)
 
 
-def row_cells(row, plain, columns, measure):
-    """A cell a column, the mean over columns, and its gain where plain has the same seeds."""
+def row_cells(row, unmasked, columns, measure):
+    """A cell a column, the mean over columns, and its gain where each run has one without mask."""
     cells, means, gains = [], [], []
     for column in columns:
-        seeds = row.get(column, {})
-        values = np.array([results[measure] for _, results in seeds.values()] or [np.nan], float)
-        text = cell(values.mean())
-        if len(values) > 1 and text != "-":
-            text += f" ± {values.std(ddof=1):.1f} ({len(values)} seeds)"
-        cells.append(text)
-        means.append(values.mean())
-        if plain and plain.get(column, {}).keys() == seeds.keys():
-            gains.append(
-                values.mean() - np.mean([plain[column][s][1][measure] or 0 for s in seeds])
-            )
-    gain = np.mean(gains) if len(gains) == len(columns) and plain is not row else np.nan
-    return [*cells, cell(np.mean(means)), "" if np.isnan(gain) else f"{gain:+.1f}"]
+        here = [run for run in row if run["column"] == column]
+        values = np.array([run[measure] for run in here], float)
+        plain = np.array([unmasked.get(run["but_mask"], {}).get(measure) for run in here], float)
+        cells.append(cell(values, f" ({len(here)} seeds)"))
+        means.append(mean(values))
+        gains.append(mean(values - plain))
+    gain = mean(gains)
+    if row[0]["mask"] == "none" or np.isnan(gain):
+        return [*cells, cell([mean(means)]), ""]
+    return [*cells, cell([mean(means)]), f"{gain:+.1f}"]
 
 
 def plot(folders, file):
     """A panel a task: its accuracy after each task, a line a method, the mean over seeds."""
     from matplotlib.figure import Figure
 
-    rows, _ = read_runs(folders)
-    names, _ = row_names(rows)
-    columns = sorted({column for row in rows.values() for column in row})
-    tasks = {}
-    for row in rows.values():
-        for column, seeds in row.items():
-            tasks[column] = next(iter(seeds.values()))[1]["tasks"]
-    most = max(len(names) for names in tasks.values())
-    figure = Figure(figsize=(2.2 * most + 1, 2.4 * len(columns) + 0.6), layout="constrained")
-    panels = figure.subplots(len(columns), most, sharey=True, squeeze=False)
-    for column, line in zip(columns, panels):
-        for settings, name in names.items():
-            runs = rows[settings].get(column, {}).values()
-            matrices = [np.array(results["matrix"], float) for _, results in runs]
-            for j, task in enumerate(tasks[column] if matrices else ()):
-                accuracies = np.mean(matrices, 0)[:, j]
-                line[j].plot(range(1, len(accuracies) + 1), accuracies, marker=".", label=name)
-                line[j].set(title=task, xlabel="tasks learned", ylim=(-2, 102))
+    runs, _ = read_runs(folders)
+    tasks = {run["column"]: run["tasks"] for run in runs}
+    columns = sorted(tasks)
+    most = max(map(len, tasks.values()))
+    figure = Figure(figsize=(2.2 * most + 1, 2.4 * len(tasks) + 0.6), layout="constrained")
+    panels = figure.subplots(len(tasks), most, sharey=True, squeeze=False)
+    for column, name in sorted({(run["column"], run["name"]) for run in runs}):
+        here = [run["matrix"] for run in runs if (run["column"], run["name"]) == (column, name)]
+        line = panels[columns.index(column)]
         line[0].set_ylabel(f"{column}: accuracy, %")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center")
+        matrix = np.mean(np.array(here, float), 0)
+        for panel, task, accuracies in zip(line, tasks[column], matrix.T):
+            panel.plot(range(1, len(accuracies) + 1), accuracies, marker=".", label=name)
+            panel.set(title=task, xlabel="tasks learned", ylim=(-2, 102))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(file, dpi=120)
 
 

@@ -119,7 +119,8 @@ class MIGU:
         twice, in all rows alike, which no quantile sees.
         """
         if layer.training and torch.is_grad_enabled():
-            size = output.detach().flatten(0, -2).abs().sum(0, dtype=torch.float32)
+            tokens = output.detach().reshape(-1, layer.out_features)
+            size = tokens.abs().sum(0, dtype=torch.float32)
             self.magnitude[name] = self.magnitude.get(name, 0) + size
 
     def choose(self, name, layer):
@@ -219,8 +220,9 @@ class RowGradient(torch.autograd.Function):
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
         rows, keep = ctx.rows_to_compute()
-        columns = gradient.flatten(0, -2).index_select(1, rows)  # (tokens, k)
-        part = columns.T @ x.flatten(0, -2).to(columns.dtype)  # (k, d_in)
+        d_out, d_in = ctx.weight.shape
+        columns = gradient.reshape(-1, d_out).index_select(1, rows)  # (tokens, k)
+        part = columns.T @ x.reshape(-1, d_in).to(columns.dtype)  # (k, d_in)
         part = part.mul_(keep).to(ctx.weight.dtype)
         whole = torch.zeros_like(ctx.weight).index_copy_(0, rows, part)  # (d_out, d_in)
         return gradient, None, whole, None
@@ -277,7 +279,7 @@ def merge_lora(model):
         plain.weight.data = adapted.merged_weight()
         plain.bias = adapted.bias
         model.set_submodule(name, plain.train(adapted.training))
-    for parameter in model.frozen_by_lora:
+    for parameter in model.__dict__.pop("frozen_by_lora", ()):
         parameter.requires_grad_(True)
 
 

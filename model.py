@@ -13,11 +13,11 @@ import math
 import mmap
 import os
 import re
-import struct
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -58,8 +58,7 @@ def one_line_errors(command):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except (UserError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"{command}: {message}", file=sys.stderr)
+        print(f"{command}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
 
 
@@ -83,8 +82,8 @@ class Packing:
         self.size = mask.shape
         self.positions = mask.flatten().nonzero().squeeze(1)  # (tokens,)
         self.index = to_device(self.positions, device)
-        last = mask.sum(1).cumsum(0) - 1
-        self.last = to_device(last.clamp(min=0), device)  # (B,): each row's last token
+        # (B,): each row's last token
+        self.last = to_device((mask.sum(1).cumsum(0) - 1).clamp(min=0), device)
 
     def pack(self, x):  # (B, S, ...) -> (tokens, ...)
         return x.flatten(0, 1).index_select(0, self.index)
@@ -105,9 +104,8 @@ class KVCache(dict):
 
     def append(self, layer, keys, values):
         if layer in self:
-            earlier_keys, earlier_values = self[layer]
-            keys = torch.cat([earlier_keys, keys], 2)
-            values = torch.cat([earlier_values, values], 2)
+            keys = torch.cat([self[layer][0], keys], 2)
+            values = torch.cat([self[layer][1], values], 2)
         self[layer] = keys, values
         return keys, values
 
@@ -122,12 +120,11 @@ def attention_bias(allowed, weight, bias=None):
 
     It has the type of the queries: autocast's, or else that of the weight.
     """
-    device = weight.device
     dtype = weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
     if bias is None:
-        bias = torch.zeros((), device=device)
+        bias = weight.new_zeros(())
     return torch.where(allowed, bias.to(dtype), torch.finfo(dtype).min)
 
 
@@ -138,14 +135,16 @@ def run_block(block, checkpointing, *inputs):
     return block(*inputs)
 
 
+SUPPORTED = {"feed_forward_proj": ["relu", "gated-gelu"], "hidden_act": ["silu"]}
+
+
 def from_dict(kind, values):
     """A config dataclass, of those values that it knows. None stands for the default."""
-    known = {}
-    for field in fields(kind):
-        value = values.get(field.name)
-        if value is not None:
-            check(isinstance(value, field.type), f"{field.name} {value!r} is not {field.type}")
-            known[field.name] = value
+    types = kind.__annotations__
+    known = {name: values[name] for name in types if values.get(name) is not None}
+    for name, value in known.items():
+        check(isinstance(value, types[name]), f"{name} {value!r} is not {types[name]}")
+        check(value in SUPPORTED.get(name, [value]), f"{name} {value!r} is not supported")
     return kind(**known)
 
 
@@ -202,17 +201,16 @@ class LanguageModel(nn.Module):
         memory = self.encode(input_ids, attention_mask.bool())
         cache = KVCache()
         new = torch.empty(len(ids), 0, dtype=torch.long)
-        ended = torch.zeros(len(ids), dtype=torch.bool)
+        ended = torch.zeros(len(ids), 1, dtype=torch.bool)
         while new.shape[1] < max_new_tokens and not ended.all():
             hidden, packing = self.decode(ids, mask, memory, cache)
             logits = self.lm_head(hidden.index_select(0, packing.last))  # (B, V)
             # The one wait for the device in a step.
-            token = logits.argmax(-1).cpu().masked_fill(ended, self.pad)
-            new = torch.cat([new, token[:, None]], 1)
-            ended |= torch.isin(token, torch.tensor(self.eos))
+            ids = logits.argmax(-1, keepdim=True).cpu().masked_fill(ended, self.pad)  # (B, 1)
+            new = torch.cat([new, ids], 1)
+            ended |= torch.isin(ids, torch.tensor(self.eos))
             # To the layers, a row that has ended is padding: it takes part no more.
-            ids = token[:, None]
-            mask = torch.cat([mask, ~ended[:, None]], 1)
+            mask = torch.cat([mask, ~ended], 1)
         return new.to(self.device)
 
 
@@ -240,7 +238,7 @@ class T5Config:
     decoder_start_token_id: int = 0
 
 
-# What attention looks at: x (tokens, d), its packing, and a bias that broadcasts to (B, H, S, keys).
+# What attention looks at: x (tokens, d), its packing, a bias that broadcasts to (B, H, S, keys).
 Source = namedtuple("Source", "x packing bias")
 
 
@@ -260,17 +258,16 @@ class T5Attention(nn.Module):
 
     def forward(self, x, packing, source, cache=None):
         """x (tokens, d) looks at a source: at itself, or at the memory that the encoder left."""
-        queries = packing.split_heads(self.q(x), self.heads)  # (B, H, S, D)
-        is_memory = source.x is not x
-        if is_memory and cache is not None and self in cache:
-            keys, values = cache[self]  # it stays the same
+        q = packing.split_heads(self.q(x), self.heads)  # (B, H, S, D)
+        if cache is not None and self in cache and source.x is not x:
+            k, v = cache[self]  # the memory's stay the same
         else:
-            keys = source.packing.split_heads(self.k(source.x), self.heads)
-            values = source.packing.split_heads(self.v(source.x), self.heads)
+            k = source.packing.split_heads(self.k(source.x), self.heads)
+            v = source.packing.split_heads(self.v(source.x), self.heads)
             if cache is not None:
-                keys, values = cache.append(self, keys, values)
-        dropout = self.dropout if self.training else 0.0
-        h = F.scaled_dot_product_attention(queries, keys, values, source.bias, dropout, scale=1.0)
+                k, v = cache.append(self, k, v)
+        dropout = self.dropout * self.training
+        h = F.scaled_dot_product_attention(q, k, v, source.bias, dropout, scale=1.0)
         return self.o(packing.join_heads(h))
 
 
@@ -301,28 +298,22 @@ class T5Block(nn.Module):
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        parts = {"SelfAttention": T5Attention(config)}
+        self.layer = nn.ModuleList([nn.ModuleDict({"SelfAttention": T5Attention(config)})])
         if is_decoder:
-            parts["EncDecAttention"] = T5Attention(config)
-        parts["DenseReluDense"] = T5FeedForward(config)
-        self.layer = nn.ModuleList()
-        for name, part in parts.items():
-            norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
-            self.layer.append(nn.ModuleDict({name: part, "layer_norm": norm}))
+            self.layer.append(nn.ModuleDict({"EncDecAttention": T5Attention(config)}))
+        self.layer.append(nn.ModuleDict({"DenseReluDense": T5FeedForward(config)}))
+        for layer in self.layer:
+            layer.layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x, packing, bias, cache=None, memory=None):  # x (tokens, d)
-        layer = self.layer[0]
-        h = layer.layer_norm(x)
-        h = layer.SelfAttention(h, packing, Source(h, packing, bias), cache)
-        x = x + self.dropout(h)
+        first, last = self.layer[0], self.layer[-1]
+        h = first.layer_norm(x)
+        x = x + self.dropout(first.SelfAttention(h, packing, Source(h, packing, bias), cache))
         if memory is not None:
-            layer = self.layer[1]
-            h = layer.EncDecAttention(layer.layer_norm(x), packing, memory, cache)
-            x = x + self.dropout(h)
-        layer = self.layer[-1]
-        h = layer.DenseReluDense(layer.layer_norm(x))
-        return x + self.dropout(h)
+            h = self.layer[1].layer_norm(x)
+            x = x + self.dropout(self.layer[1].EncDecAttention(h, packing, memory, cache))
+        return x + self.dropout(last.DenseReluDense(last.layer_norm(x)))
 
 
 class T5Stack(nn.Module):
@@ -331,10 +322,9 @@ class T5Stack(nn.Module):
     def __init__(self, config, is_decoder, layers):
         super().__init__()
         self.is_decoder = is_decoder
-        self.buckets = config.relative_attention_num_buckets
         self.max_distance = config.relative_attention_max_distance
         self.block = nn.ModuleList(T5Block(config, is_decoder) for _ in range(layers))
-        table = nn.Embedding(self.buckets, config.num_heads)
+        table = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.block[0].layer[0].SelfAttention.relative_attention_bias = table
         self.final_layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
@@ -344,7 +334,7 @@ class T5Stack(nn.Module):
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         position = torch.arange(keys, device=table.weight.device)
         distance = position[None, :] - position[keys - queries :, None]
-        buckets, first = self.buckets, 0
+        buckets, first = table.num_embeddings, 0
         if self.is_decoder:
             distance = -distance.clamp(max=0)
         else:  # it looks both ways: half of the buckets are for what follows
@@ -358,7 +348,10 @@ class T5Stack(nn.Module):
         bucket = torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
         return table(first + bucket).permute(2, 0, 1)[None]
 
-    def forward(self, x, packing, bias, checkpointing, cache=None, memory=None):
+    def forward(self, x, packing, allowed, checkpointing, cache=None, memory=None):
+        """allowed: bool, of a shape that broadcasts to (B, H, S, keys)."""
+        positions = self.position_bias(packing.size[1], allowed.shape[-1])
+        bias = attention_bias(allowed, self.final_layer_norm.weight, positions)
         x = self.dropout(x)
         for block in self.block:
             x = run_block(block, checkpointing, x, packing, bias, cache, memory)
@@ -369,29 +362,21 @@ class T5(LanguageModel):
     def __init__(self, config):
         super().__init__(config, T5Config)
         c = self.config
-        kind = c.feed_forward_proj
-        check(kind in ("relu", "gated-gelu"), f"feed_forward_proj {kind!r} is not supported")
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
         self.encoder = T5Stack(c, False, c.num_layers)
         self.decoder = T5Stack(c, True, c.num_decoder_layers or c.num_layers)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
-        scaled = (
-            c.tie_word_embeddings if c.scale_decoder_outputs is None else c.scale_decoder_outputs
-        )
-        self.scale = c.d_model**-0.5 if scaled else 1.0
-
-    def embed(self, ids, packing):
-        return self.shared(packing.pack(to_device(ids, self.device)))  # (tokens, d)
+        if c.scale_decoder_outputs is None:
+            c.scale_decoder_outputs = c.tie_word_embeddings
+        self.scale = c.d_model**-0.5 if c.scale_decoder_outputs else 1.0
 
     def encode(self, input_ids, attention_mask):
         packing = Packing(attention_mask, self.device)
         allowed = to_device(attention_mask, self.device)[:, None, None, :]  # (B, 1, 1, S)
-        size = input_ids.shape[1]
-        positions = self.encoder.position_bias(size, size)
-        bias = attention_bias(allowed, self.shared.weight, positions)  # (B, H, S, S)
-        x = self.encoder(self.embed(input_ids, packing), packing, bias, self.checkpointing)
+        x = self.shared(packing.pack(to_device(input_ids, self.device)))  # (tokens, d)
+        x = self.encoder(x, packing, allowed, self.checkpointing)
         return Source(x, packing, attention_bias(allowed, self.shared.weight))
 
     def decoder_inputs(self, input_ids, attention_mask, labels):
@@ -406,14 +391,11 @@ class T5(LanguageModel):
 
     def decode(self, ids, mask, memory, cache=None):
         """ids (B, S) are the last that mask (B, keys) speaks of."""
-        queries, keys = ids.shape[1], mask.shape[1]
-        packing = Packing(mask[:, -queries:], self.device)
+        packing = Packing(mask[:, -ids.shape[1] :], self.device)
         # Padding stands at a row's end: what is causal does not see it.
-        causal = causal_mask(queries, keys, self.device)
-        positions = self.decoder.position_bias(queries, keys)
-        bias = attention_bias(causal, self.shared.weight, positions)  # (1, H, S, keys)
-        x = self.embed(ids, packing)
-        x = self.decoder(x, packing, bias, self.checkpointing, cache, memory)
+        causal = causal_mask(ids.shape[1], mask.shape[1], self.device)
+        x = self.shared(packing.pack(to_device(ids, self.device)))  # (tokens, d)
+        x = self.decoder(x, packing, causal, self.checkpointing, cache, memory)
         return x * self.scale, packing
 
 
@@ -472,35 +454,29 @@ class LlamaAttention(nn.Module):
         self.kv_heads = config.num_key_value_heads
         self.dropout = config.attention_dropout
         width, bias = config.hidden_size, config.attention_bias
-        inner = self.heads * config.head_dim
-        kv_inner = self.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(width, inner, bias)
-        self.k_proj = nn.Linear(width, kv_inner, bias)
-        self.v_proj = nn.Linear(width, kv_inner, bias)
-        self.o_proj = nn.Linear(inner, width, bias)
+        self.q_proj = nn.Linear(width, self.heads * config.head_dim, bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * config.head_dim, bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * config.head_dim, bias)
+        self.o_proj = nn.Linear(self.heads * config.head_dim, width, bias)
 
     def forward(self, x, packing, bias, cos, sin, cache=None):
-        queries = packing.split_heads(self.q_proj(x), self.heads)  # (B, H, S, D)
-        keys = packing.split_heads(self.k_proj(x), self.kv_heads)
-        values = packing.split_heads(self.v_proj(x), self.kv_heads)
-        queries = rotate(queries, cos, sin)
-        keys = rotate(keys, cos, sin)
+        q = rotate(packing.split_heads(self.q_proj(x), self.heads), cos, sin)  # (B, H, S, D)
+        k = rotate(packing.split_heads(self.k_proj(x), self.kv_heads), cos, sin)
+        v = packing.split_heads(self.v_proj(x), self.kv_heads)
         if cache is not None:
-            keys, values = cache.append(self, keys, values)
-        keys = keys.repeat_interleave(self.heads // self.kv_heads, 1)
-        values = values.repeat_interleave(self.heads // self.kv_heads, 1)
-        dropout = self.dropout if self.training else 0.0
-        h = F.scaled_dot_product_attention(queries, keys, values, bias, dropout)
+            k, v = cache.append(self, k, v)
+        k = k.repeat_interleave(self.heads // self.kv_heads, 1)
+        v = v.repeat_interleave(self.heads // self.kv_heads, 1)
+        h = F.scaled_dot_product_attention(q, k, v, bias, self.dropout * self.training)
         return self.o_proj(packing.join_heads(h))
 
 
 class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias)
-        self.up_proj = nn.Linear(width, inner, bias)
-        self.down_proj = nn.Linear(inner, width, bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -523,15 +499,13 @@ class Llama(LanguageModel):
     def __init__(self, config):
         super().__init__(config, LlamaConfig)
         c = self.config
-        check(c.hidden_act == "silu", f"hidden_act {c.hidden_act!r} is not supported")
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
         rotary_frequencies(c, "meta")  # refuses a scaling that it does not know
-        blocks = [LlamaBlock(c) for _ in range(c.num_hidden_layers)]
-        self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.model["layers"] = nn.ModuleList(blocks)
-        self.model["norm"] = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(LlamaBlock(c) for _ in range(c.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -541,20 +515,18 @@ class Llama(LanguageModel):
 
     def decoder_inputs(self, input_ids, attention_mask, labels):
         """The ids themselves; the target of each is the label of the next."""
-        if labels is None:
-            return input_ids, attention_mask, None
-        return input_ids, attention_mask, F.pad(labels[:, 1:], (0, 1), value=-100)
+        targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)
+        return input_ids, attention_mask, targets
 
     def decode(self, ids, mask, memory, cache=None):
         """ids (B, S), padded on either side, are the last that mask (B, keys) speaks of."""
-        queries, keys = ids.shape[1], mask.shape[1]
-        packing = Packing(mask[:, -queries:], self.device)
+        packing = Packing(mask[:, -ids.shape[1] :], self.device)
         mask = to_device(mask, self.device)
-        allowed = causal_mask(queries, keys, self.device) & mask[:, None, None, :]
+        allowed = causal_mask(ids.shape[1], mask.shape[1], self.device) & mask[:, None, None, :]
         bias = attention_bias(allowed, self.lm_head.weight)  # (B, 1, S, keys)
 
         # Positions are counted from a row's first real token.
-        positions = mask.cumsum(1)[:, -queries:] - 1  # (B, S)
+        positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1  # (B, S)
         frequencies = rotary_frequencies(self.config, self.device).repeat(2)  # (D,)
         angles = positions[:, None, :, None] * frequencies  # (B, 1, S, D)
 
@@ -586,15 +558,40 @@ def write_text(path, text):
     write_file(path, [text.encode()])
 
 
-def read_json(path, kind=dict):
-    """The JSON object (or list) in a file. UserError or OSError names the file and its fault."""
+def parse_json(source, content, kind=dict, **hooks):
+    """The JSON object (or list) in some bytes. UserError names their source and the fault."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"), **hooks)
     except (ValueError, RecursionError) as error:
-        hint = " (JSON Lines? Make them one list)" if "Extra data" in str(error) else ""
-        raise UserError(f"{path}: not JSON: {error}{hint}") from None
-    check(isinstance(value, kind), f"{path}: not a JSON {'object' if kind is dict else 'list'}")
+        hint = " (JSON Lines? Make it one list)" if "Extra data" in str(error) else ""
+        raise UserError(f"{source}: not JSON: {error}{hint}") from None
+    check(isinstance(value, kind), f"{source}: not a JSON {'object' if kind is dict else 'list'}")
     return value
+
+
+def read_json(path, kind=dict):
+    return parse_json(path, Path(path).read_bytes(), kind)
+
+
+def lock(path):
+    """An open file that holds the lock of `path`; None where another process holds it.
+
+    The lock ends when the file is closed, or with the process, however that ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except (BlockingIOError, PermissionError):
+        file.close()
 
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
@@ -620,85 +617,61 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+# What the header says of a tensor, its keys in the order of the alphabet.
+ENTRY = r'\{"data_offsets": \[\d+, \d+\], "dtype": "\w+", "shape": \[[\d, ]*\]\}'
 
 
 def write_safetensors(path, tensors, metadata=None):
     """Write a dict of tensors; metadata: text -> text."""
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     header = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # The widest numbers first, so that all stay aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        kind, shape = kinds[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    for name, t in ordered:
+        start, end = end, end + t.nbytes
+        header[name] = {"dtype": KINDS[t.dtype], "shape": [*t.shape], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-
-    def chunks():
-        yield struct.pack("<Q", len(text))
-        yield text
-        for _, tensor in ordered:
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-    write_file(path, chunks())
+    # One after another, so that a GPU's tensors need no second place in memory.
+    data = (t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for _, t in ordered)
+    write_file(path, chain([len(text).to_bytes(8, "little"), text], data))
 
 
-def parse_header(text):
-    """The header as a dict, from bytes; stricter than JSON: no key twice, no negative number."""
-
-    def unique(pairs):
-        check(len(dict(pairs)) == len(pairs), "a key stands twice")
-        return dict(pairs)
-
-    def size(digits):
-        check(digits.isdigit(), f"{digits} is no size")
-        return int(digits)
-
-    check(text.startswith(b"{"), "the header is not a JSON object")
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=unique, parse_int=size)
-        json.dumps(header, ensure_ascii=False).encode()  # finds halves of surrogate pairs
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the header is not JSON: {error}") from None
-    return header
+def unique(pairs):
+    """A JSON object, no key of which stands twice."""
+    check(len(dict(pairs)) == len(pairs), "a key stands twice")
+    json.dumps(pairs, ensure_ascii=False).encode()  # ValueError: half of a surrogate pair
+    return dict(pairs)
 
 
-def check_entry(name, entry):
-    keys = {"dtype", "shape", "data_offsets"}
-    check(isinstance(entry, dict) and set(entry) == keys, f"{name}: a wrong entry {entry}")
-    for key in ("shape", "data_offsets"):
-        sizes = isinstance(entry[key], list) and all(type(n) is int for n in entry[key])
-        check(sizes, f"{name}: {key} {entry[key]} is no list of sizes")
-    known = isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES
-    check(known, f"{name}: dtype {entry['dtype']} is none of torch's")
+def size(digits):
+    """A number of the header: 0, 1, 2, ..."""
+    check(digits.isdigit(), f"{digits} is no size")
+    return int(digits)
 
 
 def read_header(buffer):
     """(name -> (dtype, shape, first byte, last byte + 1), metadata); checks all but the numbers."""
-    check(
-        bytes(buffer[:11]) != b"version htt", "a Git LFS pointer: run git lfs pull, or download.py"
-    )
-    length = int.from_bytes(buffer[:8], "little")
-    fits = len(buffer) >= 8 and length <= min(len(buffer) - 8, 100_000_000)
-    check(fits, "the header's length does not fit the file")
-    header = parse_header(bytes(buffer[8 : 8 + length]))
-    metadata = header.pop("__metadata__", None) or {}
+    check(buffer[:7] != b"version", "a Git LFS pointer: run git lfs pull, or download.py")
+    first = 8 + int.from_bytes(buffer[:8], "little")
+    check(first <= min(len(buffer), 100_000_000), "the header's length does not fit the file")
+    check(buffer[8:9] == b"{", "the header is not a JSON object")
+    header = parse_json("the header", buffer[8:first], object_pairs_hook=unique, parse_int=size)
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     texts = isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())
     check(texts, "__metadata__ is not text")
     for name, entry in header.items():
-        check_entry(name, entry)
+        good = re.fullmatch(ENTRY, json.dumps(entry, sort_keys=True))
+        check(good, f"{name}: a wrong entry, or sizes that are none: {entry}")
+        check(entry["dtype"] in DTYPES, f"{name}: dtype {entry['dtype']} is none of torch's")
     # The tensors fill the rest of the file, one after another.
-    table = {}
-    end = 8 + length
+    table, end = {}, first
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        fits = offsets == [start - 8 - length, end - 8 - length]
-        fits = fits and math.prod(n for n in shape if n) < 2**63
+        fits = offsets == [start - first, end - first] and math.prod(filter(None, shape)) < 2**63
         check(fits, f"{name}: bytes {offsets} do not fit shape {shape}, overlap, or leave a hole")
         table[name] = dtype, shape, start, end
     check(end == len(buffer), f"the tensors end at byte {end}, the file at byte {len(buffer)}")
@@ -730,29 +703,32 @@ def read_safetensors(path):
 
 # ---- folders in Hugging Face form
 
-ARCHITECTURES = {"t5": T5, "llama": Llama}
-TRANSFORMERS_CLASS = {T5: "T5ForConditionalGeneration", Llama: "LlamaForCausalLM"}
+WEIGHTS = "model.safetensors"
+ARCHITECTURES = {"t5": T5, "llama": Llama}  # by model_type
+NAMES = {
+    T5: {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+    Llama: {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+}
 EMBEDDING = {T5: "shared.weight", Llama: "model.embed_tokens.weight"}
 # Some files repeat the embedding under these names.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 # Old files have these, and no model needs them.
-HARMLESS = (
+HARMLESS = re.compile(
     r".*\.rotary_emb\.inv_freq|decoder\..*\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
-PREFIX = r"(_orig_mod\.|module\.|base_model\.model\.).*"  # of torch.compile, DataParallel, PEFT
+PREFIX = r"_orig_mod\.|module\.|base_model\.model\."  # of torch.compile, DataParallel, PEFT
 TOKENIZER_FILES = (
     "spiece.model tokenizer.model tokenizer.json tokenizer_config.json "
     "special_tokens_map.json added_tokens.json"
 ).split()
 
 
-def read_weights(folder):
+def read_weights(path):
     """All tensors of a folder: model.safetensors, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return read_safetensors(folder / "model.safetensors")
-    pickled = "".join(f"; {file.name} is pickled and never opened" for file in folder.glob("*.bin"))
-    check(index.exists(), f"{folder} holds no model.safetensors{pickled}")
+    if (path / WEIGHTS).exists():
+        return read_safetensors(path / WEIGHTS)
+    index = path / f"{WEIGHTS}.index.json"
+    check(index.exists(), f"{path} holds no {WEIGHTS}; pytorch_model.bin is pickled and never read")
     places = read_json(index).get("weight_map")
     check(isinstance(places, dict), f"{index}: weight_map is not an object")
     for name, place in places.items():
@@ -760,62 +736,44 @@ def read_weights(folder):
         check(inside, f"{index}: weight_map: {name}: {place!r} is no file of this folder")
     tensors = {}
     for place in sorted(set(places.values())):
-        shard = read_safetensors(folder / place)
+        shard = read_safetensors(path / place)
         twice = ", ".join(tensors.keys() & shard.keys())
-        check(not twice, f"{folder / place}: {twice} stands in another shard too")
+        check(not twice, f"{path / place}: {twice} stands in another shard too")
         tensors |= shard
     return tensors
 
 
 def check_fit(path, tensors, model):
     """Each of the model's parameters has its tensor, of the same shape, and no tensor is left."""
-    prefixed = [match[1] for match in (re.fullmatch(PREFIX, name) for name in tensors) if match]
+    prefixed = [name for name in tensors if re.match(PREFIX, name)]
     count = f"{len(prefixed)} of {len(tensors)} tensors"
-    check(
-        not prefixed, f"{path}: {count} have the prefix {prefixed[:1]}: save the model without it"
-    )
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: list(p.shape) for name, p in model.named_parameters()}
+    check(not prefixed, f"{path}: {count} have a prefix, {prefixed[:1]}: save the model without it")
+    found = {name: str([*tensor.shape]) for name, tensor in tensors.items()}
+    expected = {name: str([*p.shape]) for name, p in model.named_parameters()}
     faults = []
-    for name in sorted(found.keys() | expected.keys()):
+    for name in sorted(dict(found.items() ^ expected.items())):
         in_file, by_config = found.get(name, "missing"), expected.get(name, "unexpected")
-        if in_file != by_config:
-            faults.append(f"{name}: {in_file} in the file, {by_config} by config.json")
+        faults.append(f"{name}: {in_file} in the file, {by_config} by config.json")
     check(not faults, f"{path}: the weights do not fit: {'; '.join(faults)}")
-
-
-def read_config(path):
-    """config.json, and the class of its model_type: T5 or Llama."""
-    config = read_json(Path(path, "config.json"))
-    kind = str(config.get("model_type"))
-    known = ", ".join(ARCHITECTURES)
-    check(kind in ARCHITECTURES, f"{path}: model_type {kind} is not supported: only {known}")
-    return config, ARCHITECTURES[kind]
 
 
 def load_model(path, dtype=torch.float32):
     """A T5 or Llama from a Hugging Face folder. UserError (a ValueError) or OSError: the fault."""
     path = Path(path)
-    config, architecture = read_config(path)
-    tensors = read_weights(path)
-    tensors = {name: t for name, t in tensors.items() if not re.fullmatch(HARMLESS, name)}
+    config = read_json(path / "config.json")
+    kind = str(config.get("model_type"))
+    check(kind in ARCHITECTURES, f"{path}: model_type {kind} is not supported: only t5 and llama")
+    tensors = {name: t for name, t in read_weights(path).items() if not HARMLESS.fullmatch(name)}
     # Recent files always say that the head is tied; whether they hold one tells the truth.
     if config.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
         config["tie_word_embeddings"] = False
     try:
         with torch.device("meta"):  # shapes alone, no memory
-            model = architecture(config)
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+            model = ARCHITECTURES[kind](config)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: config.json: {error}") from None
 
-    embedding, tied = EMBEDDING[architecture], model.config.tie_word_embeddings
+    embedding, tied = EMBEDDING[type(model)], model.config.tie_word_embeddings
     for copy in COPIES:
         if copy in tensors and (tied or copy != "lm_head.weight"):
             tensor = tensors.pop(copy)
@@ -823,12 +781,10 @@ def load_model(path, dtype=torch.float32):
             check(same, f"{path}: {copy} differs from {embedding}, to which it is tied")
     check_fit(path, tensors, model)
 
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    if tied:
-        model.lm_head.weight = model.get_parameter(embedding)
-    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    model.files = {file.name: file.read_bytes() for file in files}
+    weights = {name: nn.Parameter(tensor.to(dtype, copy=True)) for name, tensor in tensors.items()}
+    weights.setdefault("lm_head.weight", weights[embedding])  # tied: one parameter, two names
+    model.load_state_dict(weights, assign=True)
+    model.files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).is_file()}
     return model.eval()
 
 
@@ -836,12 +792,10 @@ def save_model(model, path, weights=None, metadata=None):
     """Write a folder that from_pretrained opens; weights: if not the model's own parameters."""
     weights = weights or dict(model.named_parameters())
     widest = max((weight.dtype for weight in weights.values()), key=lambda dtype: dtype.itemsize)
-    kinds = {architecture: kind for kind, architecture in ARCHITECTURES.items()}
-    config = {name: value for name, value in model.config_json.items() if name != "dtype"}
-    config["model_type"] = kinds[type(model)]
-    config["architectures"] = [TRANSFORMERS_CLASS[type(model)]]
+    config = model.config_json | NAMES[type(model)]
+    config.pop("dtype", None)
     config["torch_dtype"] = str(widest).removeprefix("torch.")  # transformers loads all as this
     write_text(Path(path, "config.json"), json.dumps(config, indent=2))
     for name, content in model.files.items():
         write_file(Path(path, name), [content])
-    write_safetensors(Path(path, "model.safetensors"), weights, metadata)
+    write_safetensors(Path(path, WEIGHTS), weights, metadata)

@@ -12,6 +12,7 @@ A run is a folder: config.json, log.csv, matrix.csv, results.json, predictions/,
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 import platform
@@ -30,14 +31,24 @@ import download
 import eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD, RowSparseMIGU, add_lora, lora_layers, merge_lora
 from migu import orthogonality_penalty, plain_weights
-from model import T5, Parser, UserError, check, load_model, one_line_errors, open_safetensors
-from model import read_json, read_safetensors, save_model, write_safetensors, write_text
+from model import T5, Parser, UserError, check, load_model, lock, one_line_errors
+from model import open_safetensors, read_json, read_safetensors, save_model
+from model import write_safetensors, write_text
 
 # The paper's settings, by --tune.
 LEARNING_RATE = {"full": 1e-4, "lora": 1e-3, "inclora": 1e-3, "olora": 1e-3}
 THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05}
 REPLAY_THRESHOLD = 0.4
-MASKS = ("migu", *list(CRITERIA)[1:], "none")  # migu: by magnitude
+MASKS = ("migu", *list(CRITERIA)[1:], "none")  # migu is the criterion "magnitude"
+MAY_CHANGE = ("versions", "checkpointing")  # when a run is resumed: they change no number
+
+RANGES = (  # of options: what a value must do, a test of it, and which options these are
+    ("be above 0", lambda x: 0 < x < math.inf, "lr epochs batch_size micro_batch limit"),
+    ("be from 0 to 1", lambda x: 0 <= x <= 1, "threshold replay"),
+    ("not be below 0", lambda x: 0 <= x < math.inf, "clip l1 seed"),
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TUNINGS = "all weights; one adapter; an adapter a task; these orthogonal (default full)"
 
 
 # ---- settings
@@ -47,29 +58,21 @@ def parse_args(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--demo", action="store_true", help="a tiny T5 on made-up tasks (heeds --seed and --out)")
     add("--order", type=int, nargs="+", choices=data.ORDERS, help="orders of the benchmark's tasks")
-    add(
-        "--tasks", nargs="+", metavar="TASK", help="instead: your folders, or the benchmark's names"
-    )
+    add("--tasks", nargs="+", metavar="TASK", help="or: your folders, or the benchmark's names")
     models = ", ".join(download.MODELS)
     add("--model", default="t5-large", help=f"a folder, {models}, or a hub repository's owner/name")
-    tunings = "all weights; one adapter; an adapter a task; these orthogonal (default full)"
-    add("--tune", choices=LEARNING_RATE, default="full", help=tunings)
+    add("--tune", choices=LEARNING_RATE, default="full", help=TUNINGS)
     add("--mask", choices=MASKS, default="migu", help="which rows are updated (default migu)")
-    add(
-        "--threshold", type=float, help=f"fraction of the rows that is masked (default {THRESHOLD})"
-    )
+    add("--threshold", type=float, help=f"fraction of rows that is masked (default {THRESHOLD})")
     add("--layers", default=NOT_THE_HEAD, help="linear layers to mask, a regular expression")
     add("--mask-first", action="store_true", help="mask the first task too")
     add("--replay", type=float, default=0.0, metavar="FRACTION", help="of each past task's records")
     add("--joint", action="store_true", help="an upper bound: train on all tasks at once")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(default adamw)")
     add("--lr", type=float, help=f"learning rate (default {LEARNING_RATE})")
-    add(
-        "--clip", type=float, default=1.0, help="largest norm of the gradient, 0: any (default 1.0)"
-    )
+    add("--clip", type=float, default=1.0, help="largest norm of a gradient, 0: any (default 1.0)")
     add("--l1", type=float, default=0.5, help="O-LoRA's weight of the penalty (default 0.5)")
     add("--epochs", type=int, help="passes over each task (default 1; order 5 WiC, 6 MNLI: 2)")
     add("--batch-size", type=int, default=64, help="examples in a step (default 64)")
@@ -78,7 +81,7 @@ def parse_args(argv):
     add("--limit", type=int, nargs="+", metavar="N", help="first records of train (and of test)")
     add("--eval", choices=("last", "all"), default="last", help="test after the last task, or each")
     add("--seed", type=int, nargs="+", help="a run for each (default 42; the demo: 42 1024 2048)")
-    add("--device", default=device, help="(default here: %(default)s)")
+    add("--device", default=DEVICE, help="(default here: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (bfloat16 on cuda)")
     add("--data", default="data", help="folder of the benchmark (default data)")
     add("--out", default="runs", help="folder of the runs (default runs)")
@@ -91,20 +94,13 @@ def parse_args(argv):
 def check_args(args):
     asked = args.demo + bool(args.order) + bool(args.tasks)
     check(asked == 1, "say what to do: --demo, --order 1, or --tasks FOLDER FOLDER")
-    limits = args.limit or []
-    for value in (args.lr, args.epochs, args.batch_size, args.micro_batch, *limits):
-        fine = value is None or 0 < value < math.inf
-        check(fine, "--lr, --epochs, --batch-size, --micro-batch and --limit must be above 0")
-    check(len(limits) <= 2, "--limit takes a number for train, and one for test")
-    for value in (args.threshold, args.replay):
-        fine = value is None or 0 <= value <= 1
-        check(fine, "--threshold and --replay must be from 0 to 1")
-    check(
-        0 <= args.clip < math.inf and 0 <= args.l1 < math.inf, "--clip and --l1 must not be below 0"
-    )
+    check(len(args.limit or []) <= 2, "--limit takes a number for train, and one for test")
+    for must, fine, names in RANGES:
+        for name in names.split():
+            for value in np.ravel(getattr(args, name)):
+                check(value is None or fine(value), f"--{name.replace('_', '-')} must {must}")
     for values in (args.order or [], args.seed or []):
         check(len(set(values)) == len(values), "--order and --seed name nothing twice")
-    check(min(args.seed or [0]) >= 0, "--seed must not be below 0")
     try:
         re.compile(args.layers)
         torch.zeros(1, device=args.device)
@@ -130,12 +126,11 @@ def settings(args, order, seed):
     c.tasks = list(data.ORDERS[order]) if order else [data.resolve(name) for name in args.tasks]
     c.model = str(model_folder(args.model))
     c.model_name = Path(c.model).name
-    method = [args.tune, args.mask]
+    c.method = f"{args.tune} {args.mask}"
     if args.replay:
-        method.append(f"replay{args.replay:g}")
+        c.method += f" replay{args.replay:g}"
     if args.joint:
-        method.append("joint")
-    c.method = " ".join(method)
+        c.method += " joint"
     c.lr = args.lr or LEARNING_RATE[args.tune]
     if args.threshold is None:
         c.threshold = REPLAY_THRESHOLD if args.replay else THRESHOLD[args.tune]
@@ -166,8 +161,7 @@ def check_folder(folder, c, resume):
     check(resume or not folder.exists(), fault)
     if (folder / "config.json").exists():
         before, now = read_json(folder / "config.json"), vars(c)
-        same = ("versions", "checkpointing")
-        differ = [name for name in now if name not in same and before.get(name) != now[name]]
+        differ = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
         faults = "; ".join(f"{name} {before.get(name)}, not {now[name]}" for name in differ)
         check(not differ, f"{folder} has other arguments: {faults}")
 
@@ -213,11 +207,10 @@ def train_step(model, optimizer, masker, batch, c, earlier):
 
     Each is (), on the device: reading it would wait for a GPU.
     """
-    dtype = getattr(torch, c.dtype)
     total = 0.0
     for start in range(0, len(batch), c.micro_batch):
         part = batch[start : start + c.micro_batch]
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        with evaluation.autocast(model, c.dtype):
             loss = model.loss(**data.collate(*zip(*part)))
         # The mean over the targets of the whole batch, however it is cut.
         loss = loss * (count_targets(part) / count_targets(batch))
@@ -243,16 +236,14 @@ def train_task(model, rows, c, masker, rng, name, epochs, earlier):
     bar = tqdm(steps, desc=f"train {name}", unit="step")
     for step, batch in enumerate(bar, 1):
         loss, kept, norm = train_step(model, optimizer, masker, batch, c, earlier)
-        log.append((name, step, loss, kept, norm))
+        log.append((loss, kept, norm))
         if step % 10 == 0 or step == len(steps):  # not each step: reading waits for the GPU
             bar.set_postfix(loss=f"{float(loss):.3f}")
-            fault = f"the gradient's norm is {float(norm)} at step {step} of {name}: lower --lr"
-            check(math.isfinite(norm), f"{fault}; finished tasks are kept")
+            where = f"step {step} of {name}: lower --lr; finished tasks are kept"
+            check(math.isfinite(norm), f"the gradient's norm is {float(norm)} at {where}")
     finite = all(p.isfinite().all() for p in model.parameters())
     check(finite, f"weights not finite at step {step} of {name}: lower --lr")
-    return [
-        (name, step, float(loss), float(kept), float(norm)) for _, step, loss, kept, norm in log
-    ]
+    return [(name, step, *map(float, values)) for step, values in enumerate(log, 1)]
 
 
 # ---- one stage of a run: a task (--joint: all), what is replayed of earlier ones, the tests
@@ -264,7 +255,8 @@ def stage_examples(c, tasks, stage):
         return [example for task in tasks for example in task.train]
     examples = list(tasks[stage].train)
     for j, past in enumerate(tasks[:stage]):
-        order = np.random.default_rng([c.seed, j]).permutation(len(past.train))
+        # Not the numbers of seeded(): they put that task's own training in order.
+        order = np.random.default_rng([c.seed, j, 1]).permutation(len(past.train))
         examples += [past.train[i] for i in order[: int(len(order) * c.replay)]]
     return examples
 
@@ -284,21 +276,28 @@ def shrink_frozen(model, c):
             layer.to(getattr(torch, c.dtype))
 
 
-def unrounded_weights(model, source):
-    """The plain model's weights; those that shrink_frozen() rounded come from where they began."""
+def unrounded_weights(model, c):
+    """The plain model's weights; what shrink_frozen() rounded is as it was at the start."""
     weights = plain_weights(model)
     rounded = [name for name, weight in weights.items() if weight.dtype != torch.float32]
     if rounded:
-        base = load_model(source)
-        weights |= {name: base.get_parameter(name) for name in rounded}
+        start = load_model(c.model)
+        weights |= {name: start.get_parameter(name) for name in rounded}
     return weights
+
+
+def tell_cut(rows, what, longest=512):
+    count = sum(len(row) >= longest for row in rows)
+    if count:
+        print(f"{what}: {count} of {len(rows)} texts end at the limit of {longest} tokens a prompt")
 
 
 def train_stage(model, tokenizer, c, tasks, stage, earlier):
     """Train on a stage's examples. Returns its log, and O-LoRA's A of all tasks so far."""
-    rng, name = seeded(c.seed, stage), stage_name(c, tasks, stage)
+    rng, name = seeded(c.seed, 0 if c.joint else stage), stage_name(c, tasks, stage)
     examples = stage_examples(c, tasks, stage)
     rows = [data.training_row(tokenizer, e, not isinstance(model, T5)) for e in examples]
+    tell_cut([ids for ids, _ in rows], f"training on {name}")
     if c.tune in ("inclora", "olora"):  # a new adapter, folded in once it is trained
         add_lora(model)
         shrink_frozen(model, c)
@@ -306,7 +305,7 @@ def train_stage(model, tokenizer, c, tasks, stage, earlier):
     if masker and stage == 0 and not c.mask_first:
         masker.remove()  # it was made all the same: a wrong --layers is found at once
         masker = None
-    epochs = c.epochs or (2 if (c.order, name) in data.TWO_EPOCHS else 1)
+    epochs = c.epochs or data.EPOCHS.get((c.order, name), 1)
     log = train_task(model, rows, c, masker, rng, name, epochs, earlier)
     if masker:
         masker.remove()
@@ -321,19 +320,20 @@ def train_stage(model, tokenizer, c, tasks, stage, earlier):
 def test_stage(model, tokenizer, c, tasks, stage, folder):
     """Accuracies on the tasks seen so far, NaN where not tested; predictions go to the folder."""
     accuracies = np.full(len(tasks), np.nan)
-    last = len(tasks) - 1 if c.joint else stage
     is_t5 = isinstance(model, T5)
     budget = 65536 if "cuda" in c.device and is_t5 else 16384  # Llama caches more
-    for j in range(last + 1 if c.eval == "all" or last == len(tasks) - 1 else 0):
+    if c.eval == "last" and stage < len(tasks) - 1:
+        return accuracies
+    for j in range(stage + 1):
         name, examples = tasks[j].name, tasks[j].test
         sources = [data.source_row(tokenizer, example.prompt, not is_t5) for example in examples]
-        dtype = getattr(torch, c.dtype)
-        predictions = evaluation.evaluate(model, tokenizer, sources, dtype, budget, name)
+        tell_cut(sources, f"testing on {name}")
+        predictions = evaluation.evaluate(model, tokenizer, sources, c.dtype, budget, name)
         accuracies[j] = evaluation.accuracy(predictions, examples)
         lines = []
         for example, prediction in zip(examples, predictions):
             lines.append(json.dumps({**example._asdict(), "prediction": prediction}) + "\n")
-        place = folder / "predictions" / f"{last + 1}-{tasks[last].name}" / f"{name}.jsonl"
+        place = folder / "predictions" / f"{stage + 1}-{tasks[stage].name}" / f"{name}.jsonl"
         write_text(place, "".join(lines))
     return accuracies
 
@@ -341,55 +341,51 @@ def test_stage(model, tokenizer, c, tasks, stage, folder):
 # ---- one run: its stages in turn, each saved when it is done
 
 
-def load_state(folder, c, tasks):
+def load_state(folder, tasks):
     """What finished stages left in a run's folder; the weights' file tells how many they are."""
-    state = argparse.Namespace(finished=0, stages=[], log=[])
+    names = [task.name for task in tasks]
+    state = argparse.Namespace(tasks=names, finished=0, stages=[], log=[])
     state.matrix = np.full((len(tasks), len(tasks)), np.nan)
     weights = folder / "model" / "model.safetensors"
     if weights.exists():
         _, _, metadata = open_safetensors(weights)
-        ours = metadata.get("finished", "").isdigit()
-        check(
-            ours, f"{weights} was not written by a run: move {folder} away, or choose another --out"
-        )
-        state.finished = int(metadata["finished"])
+        finished = metadata.get("finished", "")
+        check(finished.isdigit(), f"{weights} was not written by a run: choose another --out")
+        state.finished = int(finished)
         results = read_json(folder / "results.json")
         state.stages = results["stages"][: state.finished]
-        last = len(tasks) if c.joint else state.finished
-        state.matrix[:last] = np.array(results["matrix"], float)[:last]
+        state.matrix[: state.finished] = np.array(results["matrix"], float)[: state.finished]
         done = {stage["task"] for stage in state.stages}
         with open(folder / "log.csv", encoding="utf-8", newline="") as file:
             state.log = [row for row in csv.reader(file) if row[0] in done]
     return state
 
 
-def load_stage(folder, source, c, finished):
+def load_stage(folder, c, finished):
     """The model, and O-LoRA's earlier A, as the last finished stage left them."""
-    adapters = folder / "adapters" / f"{finished}.safetensors"
-    model = load_model(folder / "model" if finished and c.tune != "lora" else source)
+    saved = {}
+    if finished and c.tune in ("lora", "olora"):
+        saved = read_safetensors(folder / "adapters" / f"{finished}.safetensors")
+        saved = {name: tensor.to(c.device, copy=True) for name, tensor in saved.items()}
+    model = load_model(folder / "model" if finished and c.tune != "lora" else c.model)
     model.checkpointing = c.checkpointing
-    earlier = {}
-    if c.tune == "lora":
+    if c.tune == "lora":  # one adapter for all tasks
         seeded(c.seed, 0)
         add_lora(model)
         shrink_frozen(model, c)
-    if c.tune in ("lora", "olora") and finished:
-        earlier = {name: A.clone() for name, A in read_safetensors(adapters).items()}
-    if c.tune == "lora":
-        model.load_state_dict(earlier, strict=False)
-        earlier = {}
-    return model.to(c.device), {name: A.to(c.device) for name, A in earlier.items()}
+        model.load_state_dict(saved, strict=False)
+        saved = {}
+    return model.to(c.device), saved
 
 
-def save_stage(model, folder, source, c, finished, earlier):
+def save_stage(model, folder, c, finished, earlier):
     """Last of all come the weights: their rename is what makes a stage finished."""
     adapters = earlier
     if c.tune == "lora":
         adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
     if adapters:
         write_safetensors(folder / "adapters" / f"{finished}.safetensors", adapters)
-    weights = unrounded_weights(model, source)
-    save_model(model, folder / "model", weights, {"finished": str(finished)})
+    save_model(model, folder / "model", unrounded_weights(model, c), {"finished": str(finished)})
 
 
 def write_csv(path, rows):
@@ -398,9 +394,9 @@ def write_csv(path, rows):
     write_text(path, file.getvalue())
 
 
-def write_results(folder, tasks, state):
-    names = [task.name for task in tasks]
-    matrix = [[None if np.isnan(x) else float(x) for x in row] for row in state.matrix]
+def write_results(folder, state):
+    names = state.tasks
+    matrix = np.where(np.isnan(state.matrix), None, state.matrix).tolist()
     write_csv(folder / "matrix.csv", [["", *names], *([n, *row] for n, row in zip(names, matrix))])
     write_csv(folder / "log.csv", [("task", "step", "loss", "kept", "norm"), *state.log])
     results = {"tasks": names, "matrix": matrix, **evaluation.measures(state.matrix)}
@@ -411,39 +407,35 @@ def write_results(folder, tasks, state):
 
 def run(folder, c, tasks, tokenizer):
     """Train on each task, test as --eval says, save."""
-    stages = 1 if c.joint else len(tasks)
-    state = load_state(folder, c, tasks)
-    if state.finished == stages:
+    state = load_state(folder, tasks)
+    if state.finished == len(tasks):
         return print("nothing left to do")
-    model, earlier = load_stage(folder, c.model, c, state.finished)
+    model, earlier = load_stage(folder, c, state.finished)
     check_tokenizer(model, tokenizer, c.model)
     write_text(folder / "config.json", json.dumps(vars(c), indent=1))
-    for stage in range(state.finished, stages):
+    first = len(tasks) - 1 if c.joint else state.finished  # the last task's stage has all
+    for stage in range(first, len(tasks)):
         started = time.perf_counter()
         log, earlier = train_stage(model, tokenizer, c, tasks, stage, earlier)
         trained = time.perf_counter()
-        state.matrix[-1 if c.joint else stage] = test_stage(
-            model, tokenizer, c, tasks, stage, folder
-        )
-        tested = time.perf_counter()
         state.log += log
+        state.matrix[stage] = test_stage(model, tokenizer, c, tasks, stage, folder)
         report = {"task": stage_name(c, tasks, stage), "train_seconds": trained - started}
-        report["test_seconds"] = tested - trained
+        report["test_seconds"] = time.perf_counter() - trained
         if "cuda" in c.device:
             report["gpu_memory_gb"] = torch.cuda.max_memory_allocated(c.device) / 1e9
         state.stages.append(report)
-        write_results(folder, tasks, state)
-        save_stage(model, folder, c.model, c, stage + 1, earlier)
+        write_results(folder, state)
+        save_stage(model, folder, c, stage + 1, earlier)
         print(", ".join(f"{key} {x if key == 'task' else f'{x:.1f}'}" for key, x in report.items()))
-        print(evaluation.matrix_table([task.name for task in tasks], state.matrix), flush=True)
+        print(evaluation.matrix_table(state.tasks, state.matrix), flush=True)
 
 
 def check_tokenizer(model, tokenizer, source):
     tokens, rows = len(tokenizer), model.config.vocab_size
     check(tokens <= rows, f"{source}: the tokenizer has {tokens} tokens, the model {rows}")
     end = tokenizer.eos_id
-    fault = f"{source}: config.json's eos_token_id {model.eos} lacks the tokenizer's end, {end}"
-    check(end in model.eos, f"{fault}: mend it")
+    check(end in model.eos, f"{source}: eos_token_id {model.eos} lacks the tokenizer's end, {end}")
 
 
 # ---- commands
@@ -452,27 +444,29 @@ def check_tokenizer(model, tokenizer, source):
 def train(args):
     """Each order with each seed, one run after another. Returns the runs' folders."""
     runs = {}
-    for order in args.order or [None]:
-        for seed in args.seed or [42]:
-            c = settings(args, order, seed)
-            runs[run_folder(c, args.out)] = c
-    for folder, c in runs.items():
+    for order, seed in itertools.product(args.order or [None], args.seed or [42]):
+        c = settings(args, order, seed)
+        folder = run_folder(c, args.out)
         check_folder(folder, c, args.resume)
+        runs[folder] = c
     names = dict.fromkeys(name for c in runs.values() for name in c.tasks)
-    here = [data.task_folder(args.data, name).exists() for name in names if name in data.GROUP_OF]
-    if not all(here):
+    folders = [data.task_folder(args.data, name) for name in names if name in data.GROUP_OF]
+    if not all((folder / f"{part}.json").exists() for folder in folders for part in data.PARTS):
         download.fetch_data(args.data)
+    limits = (args.limit or [None]) * 2
+    tasks = {name: data.load_task(args.data, name, limits) for name in names}
     source = model_folder(args.model)
     if not (source / "config.json").exists():
         download.fetch_model(args.model)
     tokenizer = data.load_tokenizer(source)
-    limits = (args.limit or [None]) * 2
-    tasks = {name: data.load_task(args.data, name, limits) for name in names}
     for task in tasks.values():
         evaluation.check_task(task, tokenizer)
     for folder, c in runs.items():
         print(f"# {folder}", flush=True)
-        run(folder, c, [tasks[name] for name in c.tasks], tokenizer)
+        held = lock(folder / ".lock")
+        check(held, f"{folder} is in use by another process: wait, or choose another --out")
+        with held:
+            run(folder, c, [tasks[name] for name in c.tasks], tokenizer)
     print(evaluation.compare(runs))
     return list(runs)
 
@@ -502,19 +496,16 @@ def demo(args):
     joint = "--joint --mask none --lr 1e-3 --epochs 6"
     (folder,) = demo_step("A tiny T5 learns 12 tasks at once", known, root, "untrained", joint)
     shutil.copytree(folder / "model", root / "tiny-t5")
+    each = f"--lr 5e-4 --epochs 5 --eval all --seed {' '.join(map(str, seeds))}"
     found = []
     for mask, how in (("none", "Plainly"), ("migu", "With MIGU")):
         title = f"{how}, it learns four more, one after another"
-        each = f"--mask {mask} --lr 5e-4 --epochs 5 --eval all --seed {' '.join(map(str, seeds))}"
-        folders = demo_step(title, new, root, "tiny-t5", each)
+        folders = demo_step(title, new, root, "tiny-t5", f"--mask {mask} {each}")
         found.append([demo_measures(folder, known) for folder in folders])
-    rows = [["", "average accuracy", "backward transfer", "accuracy on the 12 known tasks"]]
     plain, migu = np.array(found)  # (seeds, 3) each
+    rows = [["", "average accuracy", "backward transfer", "accuracy on the 12 known tasks"]]
     for how, values in (("plain", plain), ("MIGU", migu), ("gain", migu - plain)):
-        spread = values.std(0, ddof=1) if len(seeds) > 1 else np.zeros(3)
-        rows.append(
-            [how, *(f"{mean:.1f} ± {std:.1f}" for mean, std in zip(values.mean(0), spread))]
-        )
+        rows.append([how, *map(evaluation.cell, values.T)])
     for seed, gains in zip(seeds, migu - plain):
         rows.append([f"gain, seed {seed}", *(f"{gain:+.1f}" for gain in gains)])
     print(f"\nIn percent, mean ± std over the seeds {seeds}:\n{evaluation.table(rows)}")
