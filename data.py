@@ -111,7 +111,10 @@ def load_split(path, labels, limit):
         where = f"{path}: record {number}"
         check(isinstance(record, dict), f"{where} is not an object")
         for key in ("sentence", "label"):
-            check(is_text(record.get(key)), f'{where} needs a text "{key}"')
+            check(
+                is_text(record.get(key)),
+                f'{where} needs a text "{key}" (half a surrogate pair is none)',
+            )
         label = record["label"]
         check(label in known, f"{where}: label {label!r} is not in labels.json")
         examples.append(Example(prompt(group, name, labels, record["sentence"]), label))
@@ -292,7 +295,7 @@ class ByteLevelBPE:
             return [self.vocab[symbols]]
         # SmolLM2 lacks some bytes that hardly any text has; as the library does, we leave them out.
         tokens = [symbol for symbol in symbols if symbol in self.vocab]
-        never = len(self.ranks)
+        never = math.inf
         while len(tokens) > 1:
             ranks = [self.ranks.get(pair, never) for pair in zip(tokens, tokens[1:])]
             place = ranks.index(min(ranks))

@@ -157,8 +157,9 @@ def run_folder(c, out):
 
 def check_folder(folder, c, resume):
     """A folder in use is gone on with on request alone, and by the run that it belongs to."""
+    used = any(file.name != ".lock" for file in folder.glob("*"))
     fault = f"{folder} is in use: add --resume to go on with it, or choose another --out"
-    check(resume or not folder.exists(), fault)
+    check(resume or not used, fault)
     if (folder / "config.json").exists():
         before, now = read_json(folder / "config.json"), vars(c)
         differ = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
@@ -394,8 +395,9 @@ def write_csv(path, rows):
     write_text(path, file.getvalue())
 
 
-def write_results(folder, state):
+def write_results(folder, c, state):
     names = state.tasks
+    write_text(folder / "config.json", json.dumps(vars(c), indent=1))
     matrix = np.where(np.isnan(state.matrix), None, state.matrix).tolist()
     write_csv(folder / "matrix.csv", [["", *names], *([n, *row] for n, row in zip(names, matrix))])
     write_csv(folder / "log.csv", [("task", "step", "loss", "kept", "norm"), *state.log])
@@ -412,7 +414,6 @@ def run(folder, c, tasks, tokenizer):
         return print("nothing left to do")
     model, earlier = load_stage(folder, c, state.finished)
     check_tokenizer(model, tokenizer, c.model)
-    write_text(folder / "config.json", json.dumps(vars(c), indent=1))
     first = len(tasks) - 1 if c.joint else state.finished  # the last task's stage has all
     for stage in range(first, len(tasks)):
         started = time.perf_counter()
@@ -425,7 +426,7 @@ def run(folder, c, tasks, tokenizer):
         if "cuda" in c.device:
             report["gpu_memory_gb"] = torch.cuda.max_memory_allocated(c.device) / 1e9
         state.stages.append(report)
-        write_results(folder, state)
+        write_results(folder, c, state)
         save_stage(model, folder, c, stage + 1, earlier)
         print(", ".join(f"{key} {x if key == 'task' else f'{x:.1f}'}" for key, x in report.items()))
         print(evaluation.matrix_table(state.tasks, state.matrix), flush=True)
