@@ -79,7 +79,7 @@ END_OF_PROMPT = "\nAnswer:"
 
 def resolve(name):
     """The full path of a folder that holds a task, or else a name of the benchmark."""
-    folder = Path(name).expanduser().resolve()
+    folder = Path(name).resolve()
     own = (folder / "labels.json").exists() or name not in GROUP_OF
     return str(folder) if own else name
 
@@ -202,6 +202,13 @@ SYMBOL_OF = dict(zip(SHOWN + HIDDEN, SYMBOLS))
 BYTE_OF = dict(zip(SYMBOLS, SHOWN + HIDDEN))
 
 
+def to_bytes(token):
+    """What a token stands for: "Ġcaf" -> b" caf". Added tokens may have other characters."""
+    if set(token) <= BYTE_OF.keys():
+        return bytes(BYTE_OF[symbol] for symbol in token)
+    return token.encode()
+
+
 @functools.cache
 def unicode_classes():
     """Unicode's categories as ranges for a regex: {"L": "A-Za-zª-ª...", "N": "0-9²-³...", ...}."""
@@ -257,7 +264,7 @@ class ByteLevelBPE:
             raise UserError(f"{file}: {error}") from None
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{file}: not in the form of a tokenizer.json: {error!r}") from None
-        self.eos_id = eos_id
+        self.eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
         self.word_ids = functools.lru_cache(2**16)(self.encode_word)
 
     def read(self, parts):
@@ -282,11 +289,13 @@ class ByteLevelBPE:
         self.added = {token["content"]: token["id"] for token in parts["added_tokens"]}
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        self.token_of = {number: token for token, number in (self.vocab | self.added).items()}
-        self.special = {token["id"] for token in parts["added_tokens"] if token["special"]}
+        ids = self.vocab | self.added
+        self.bytes_of = {number: to_bytes(token) for token, number in ids.items()}
+        special = {token["id"] for token in parts["added_tokens"] if token["special"]}
+        self.bytes_of |= dict.fromkeys(special, b"")
 
     def __len__(self):
-        return max(self.token_of) + 1
+        return max(self.bytes_of) + 1
 
     def encode_word(self, word):
         """Of all pairs, the one learned first is merged: l o w e r -> lo w e r -> low e r -> ..."""
@@ -317,16 +326,8 @@ class ByteLevelBPE:
 
     def decode(self, ids):
         """The text of ids. Special tokens say nothing, nor do ids beyond the vocabulary."""
-        said = bytearray()
-        for number in ids:
-            token = self.token_of.get(number, "")
-            if number in self.special:
-                continue
-            if set(token) <= BYTE_OF.keys():
-                said += bytes(BYTE_OF[symbol] for symbol in token)
-            else:  # an added token, as it is
-                said += token.encode()
-        return said.decode(errors="replace")
+        said = [self.bytes_of.get(number, b"") for number in ids]
+        return b"".join(said).decode(errors="replace")
 
 
 def load_tokenizer(path):
@@ -334,28 +335,27 @@ def load_tokenizer(path):
 
     unknown: tokens that the model has beyond its tokenizer's file, such as T5's "<extra_id_0>".
     """
-    path = Path(path)
-    config = read_json(path / "config.json")
-    options = path / "tokenizer_config.json"
-    options = read_json(options) if options.exists() else {}
-    if (path / "spiece.model").is_file():
-        tokenizer = SentencePiece(path / "spiece.model", has_start=False)
-    elif (path / "tokenizer.model").is_file():
+    names = ("config.json", "tokenizer_config.json", "added_tokens.json")
+    files = [Path(path, name) for name in names]
+    config, options, added = [read_json(file) if file.exists() else {} for file in files]
+    if Path(path, "spiece.model").is_file():
+        tokenizer = SentencePiece(Path(path, "spiece.model"), has_start=False)
+    elif Path(path, "tokenizer.model").is_file():
         has_start = options.get("add_bos_token", True)
-        tokenizer = SentencePiece(path / "tokenizer.model", has_start)
+        tokenizer = SentencePiece(Path(path, "tokenizer.model"), has_start)
     else:
         way_out = "copy spiece.model from the model that it was tuned from"
         check(config.get("model_type") != "t5", f"{path} has no spiece.model: {way_out}")
-        known = (path / "tokenizer.json").is_file()
+        known = Path(path, "tokenizer.json").is_file()
         check(known, f"{path} holds neither spiece.model, tokenizer.model nor tokenizer.json")
-        ends = config.get("eos_token_id", 2)
-        eos_id = ends[0] if isinstance(ends, list) else ends
-        tokenizer = ByteLevelBPE(path / "tokenizer.json", eos_id)
-    added = options.get("added_tokens_decoder", {})
-    added = {token["content"]: int(number) for number, token in added.items()}
-    if (path / "added_tokens.json").exists():
-        added |= read_json(path / "added_tokens.json")
-    tokenizer.unknown = [token for token, number in added.items() if number >= len(tokenizer)]
+        tokenizer = ByteLevelBPE(Path(path, "tokenizer.json"), config.get("eos_token_id", 2))
+    try:
+        added |= {t["content"]: int(i) for i, t in options.get("added_tokens_decoder", {}).items()}
+        tokenizer.unknown = [
+            t for t, i in added.items() if t and is_text(t) and i >= len(tokenizer)
+        ]
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: {names[1]} or {names[2]}: {error!r}") from None
     return tokenizer
 
 
@@ -365,7 +365,7 @@ def load_tokenizer(path):
 def source_row(tokenizer, text, decoder_only, longest=512):
     """What a model reads: T5 prompt + end, Llama start + prompt; too much is cut from the text."""
     ids = tokenizer.encode(text)
-    room = longest - 1
+    room = longest - (len(tokenizer.start) if decoder_only else 1)
     if len(ids) > room:
         tail = len(tokenizer.encode(END_OF_PROMPT))
         ids = ids[: room - tail] + ids[-tail:]

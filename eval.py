@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from model import Parser, check, one_line_errors, read_json
+from model import Parser, UserError, check, one_line_errors, read_json
 
 # What runs of one row of a table may differ in: the seed, the tasks, and where they ran.
 NOT_SETTINGS = "seed order tasks model_name versions device data checkpointing row_sparse".split()
@@ -160,7 +160,10 @@ def matrix_table(tasks, matrix):
 
 def read_runs(folders):
     """Finished runs, each its config, results and what is derived here; notes on the others."""
-    folders = [Path(folder) for folder in folders if Path(folder, "results.json").exists()]
+    needed = {"config.json", "results.json"}
+    folders = [
+        folder for folder in map(Path, folders) if needed <= {f.name for f in folder.glob("*")}
+    ]
     check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
     runs, notes = {}, []
     for folder in folders:
@@ -228,7 +231,10 @@ def row_cells(row, unmasked, columns, measure):
 
 def plot(folders, file):
     """A panel a task: its accuracy after each task, a line a method, the mean over seeds."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
 
     runs, _ = read_runs(folders)
     tasks = {run["column"]: run["tasks"] for run in runs}
@@ -255,6 +261,8 @@ def main(argv=None):
         add("runs", nargs="+", help="run folders; others are passed over")
         add("--plot", nargs="?", const="runs.png", metavar="FILE", help="(default runs.png)")
         args = parser.parse_args(argv)
+        picture = args.plot or "runs.png"
+        check(picture.endswith((".png", ".pdf", ".svg")), f"--plot {picture}: no .png, .pdf, .svg")
         print(compare(args.runs))
         if args.plot:
             plot(args.runs, args.plot)

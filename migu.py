@@ -236,13 +236,13 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear, rank, alpha, dropout):
         d_out, d_in = linear.weight.shape
-        device = linear.weight.device
+        like = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
         super().__init__(d_in, d_out, device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
         self.scale = alpha / rank
-        self.lora_A = nn.Linear(d_in, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, d_out, bias=False, device=device)
+        self.lora_A = nn.Linear(d_in, rank, **like)
+        self.lora_B = nn.Linear(rank, d_out, **like)
         nn.init.zeros_(self.lora_B.weight)
         self.lora_dropout = nn.Dropout(dropout)
         self.train(linear.training)

@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import time
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,10 @@ def parse_args(argv):
     add = parser.add_argument
     add("--demo", action="store_true", help="a tiny T5 on made-up tasks (heeds --seed and --out)")
     add("--order", type=int, nargs="+", choices=data.ORDERS, help="orders of the benchmark's tasks")
-    add("--tasks", nargs="+", metavar="TASK", help="or: your folders, or the benchmark's names")
-    models = ", ".join(download.MODELS)
-    add("--model", default="t5-large", help=f"a folder, {models}, or a hub repository's owner/name")
+    tasks = "or: your folders, or the benchmark's names"
+    add("--tasks", nargs="+", metavar="TASK", type=expanduser, help=tasks)
+    models = f"a folder, {', '.join(download.MODELS)}, or a hub repository's owner/name"
+    add("--model", default="t5-large", type=expanduser, help=models)
     add("--tune", choices=LEARNING_RATE, default="full", help=TUNINGS)
     add("--mask", choices=MASKS, default="migu", help="which rows are updated (default migu)")
     add("--threshold", type=float, help=f"fraction of rows that is masked (default {THRESHOLD})")
@@ -83,8 +85,8 @@ def parse_args(argv):
     add("--seed", type=int, nargs="+", help="a run for each (default 42; the demo: 42 1024 2048)")
     add("--device", default=DEVICE, help="(default here: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (bfloat16 on cuda)")
-    add("--data", default="data", help="folder of the benchmark (default data)")
-    add("--out", default="runs", help="folder of the runs (default runs)")
+    add("--data", default="data", type=expanduser, help="folder of the benchmark (default data)")
+    add("--out", default="runs", type=expanduser, help="folder of the runs (default runs)")
     add("--resume", action="store_true", help="go on with runs that were stopped")
     args = parser.parse_args(argv)
     check_args(args)
@@ -103,17 +105,16 @@ def check_args(args):
         check(len(set(values)) == len(values), "--order and --seed name nothing twice")
     try:
         re.compile(args.layers)
-        torch.zeros(1, device=args.device)
     except re.error as error:
         raise UserError(f"--layers {args.layers}: no regular expression: {error}") from None
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {args.device}: {reason}: use --device cpu") from None
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    known = ["cpu", *gpus, *(["cuda"] if gpus else [])]
+    check(args.device in known, f"--device {args.device} is none of {known}: use --device cpu")
 
 
 def model_folder(name):
     """A local folder, or else where download.py puts a model of this name."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     local = folder.exists() or name[:1] in "./~"
     return folder.resolve() if local else Path("models", name)
 
@@ -150,8 +151,8 @@ def run_folder(c, out):
     """Bears what the run is; of many tasks the first alone, as config.json lists them all."""
     names = [Path(task).name for task in c.tasks]
     what = f"order{c.order}" if c.order else "+".join(names)
-    if len(what) > 100:
-        what = f"{names[0][:80]}+{len(names) - 1}more"
+    if len(what.encode()) > 100:
+        what = f"{names[0][:30]}+{len(names) - 1}more"
     return Path(out, f"{what}-{c.model_name}-{c.method.replace(' ', '-')}-s{c.seed}")
 
 
@@ -298,7 +299,7 @@ def train_stage(model, tokenizer, c, tasks, stage, earlier):
     rng, name = seeded(c.seed, 0 if c.joint else stage), stage_name(c, tasks, stage)
     examples = stage_examples(c, tasks, stage)
     rows = [data.training_row(tokenizer, e, not isinstance(model, T5)) for e in examples]
-    tell_cut([ids for ids, _ in rows], f"training on {name}")
+    tell_cut([ids[: labels.count(-100) or None] for ids, labels in rows], f"training on {name}")
     if c.tune in ("inclora", "olora"):  # a new adapter, folded in once it is trained
         add_lora(model)
         shrink_frozen(model, c)
@@ -358,7 +359,7 @@ def load_state(folder, tasks):
         state.matrix[: state.finished] = np.array(results["matrix"], float)[: state.finished]
         done = {stage["task"] for stage in state.stages}
         with open(folder / "log.csv", encoding="utf-8", newline="") as file:
-            state.log = [row for row in csv.reader(file) if row[0] in done]
+            state.log = [row for row in list(csv.reader(file))[1:] if row[0] in done]
     return state
 
 
@@ -458,6 +459,9 @@ def train(args):
     tasks = {name: data.load_task(args.data, name, limits) for name in names}
     source = model_folder(args.model)
     if not (source / "config.json").exists():
+        check(
+            not Path(args.model).exists(), f"{source} is no model's folder: it has no config.json"
+        )
         download.fetch_model(args.model)
     tokenizer = data.load_tokenizer(source)
     for task in tasks.values():
@@ -467,6 +471,7 @@ def train(args):
         held = lock(folder / ".lock")
         check(held, f"{folder} is in use by another process: wait, or choose another --out")
         with held:
+            check_folder(folder, c, args.resume)  # once more: another process may have been here
             run(folder, c, [tasks[name] for name in c.tasks], tokenizer)
     print(evaluation.compare(runs))
     return list(runs)
