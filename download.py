@@ -23,7 +23,8 @@ from urllib.parse import quote, urljoin
 
 from tqdm import tqdm
 
-from model import TOKENIZER_FILES, UserError, check, lock, one_line_errors, parse_json
+from model import TOKENIZER_FILES, WEIGHTS, UserError, check, lock, one_line_errors, parse_json
+from model import shard_names
 
 MODELS = {
     "t5-large": "google-t5/t5-large",
@@ -38,9 +39,7 @@ MODELS = {
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 # Of a repository only what load_model and load_tokenizer read is fetched.
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD = r"[\w.-]+\.safetensors"
 SENTENCEPIECE = {"t5": "spiece.model", "llama": "tokenizer.model"}  # by model_type
 
 GITHUB = "https://api.github.com"
@@ -214,11 +213,10 @@ def choose_weights(repo, files):
         return [WEIGHTS]
     check(INDEX in files, f"{repo}: no safetensors of a whole model (adapters are never opened)")
     index, _ = read_json(files[INDEX].url)
-    check(isinstance(index.get("weight_map"), dict), f"{repo}: {INDEX} has no weight_map")
-    shards = {str(shard) for shard in index["weight_map"].values()}
-    wrong = shards - {name for name in files if re.fullmatch(SHARD, name)}
-    check(not wrong, f"{repo}: {INDEX} names {wrong}, which is none of its safetensors")
-    return [*sorted(shards), INDEX]
+    shards = shard_names(f"{repo}: {INDEX}", index)
+    gone = set(shards) - files.keys()
+    check(not gone, f"{repo}: {INDEX} names {gone}, which it has not")
+    return [*shards, INDEX]
 
 
 def check_supported(repo, files, folder):

@@ -240,17 +240,18 @@ def plot(folders, file):
     tasks = {run["column"]: run["tasks"] for run in runs}
     columns = sorted(tasks)
     most = max(map(len, tasks.values()))
-    figure = Figure(figsize=(2.2 * most + 1, 2.4 * len(tasks) + 0.6), layout="constrained")
-    panels = figure.subplots(len(tasks), most, sharey=True, squeeze=False)
+    figure = Figure(figsize=(2.4 * most, 2.6 * len(tasks) + 0.6), layout="constrained")
+    panels = figure.subplots(len(tasks), most, sharex=True, sharey=True, squeeze=False)
     for column, name in sorted({(run["column"], run["name"]) for run in runs}):
         here = [run["matrix"] for run in runs if (run["column"], run["name"]) == (column, name)]
         line = panels[columns.index(column)]
-        line[0].set_ylabel(f"{column}: accuracy, %")
+        line[0].set_ylabel(f"{column if len(tasks) > 1 else ''} accuracy, %")
         matrix = np.mean(np.array(here, float), 0)
+        steps = range(1, len(matrix) + 1)
         for panel, task, accuracies in zip(line, tasks[column], matrix.T):
-            panel.plot(range(1, len(accuracies) + 1), accuracies, marker=".", label=name)
-            panel.set(title=task, xlabel="tasks learned", ylim=(-2, 102))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
+            panel.plot(steps, accuracies, marker=".", label=name)
+            panel.set(title=task, xlabel="tasks learned", xticks=steps, ylim=(-2, 102))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=120)
 
 

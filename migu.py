@@ -76,16 +76,15 @@ CRITERIA = {
 
 def layers_to_mask(model, pattern):
     """name -> trained linear layer; the pattern is searched for in the names."""
-    modules = model.named_modules()
-    linear = {name: module for name, module in modules if isinstance(module, nn.Linear)}
-    trained = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
-    chosen = {}
-    for name, layer in trained.items():
-        # An adapter goes by the name of the layer that it adapts.
-        if re.search(pattern, re.sub(r"\.lora_[AB]$", "", name)):
-            chosen[name] = layer
+    trained, chosen = [], {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
+            trained.append(name)
+            # An adapter goes by the name of the layer that it adapts.
+            if re.search(pattern, re.sub(r"\.lora_[AB]$", "", name)):
+                chosen[name] = layer
     if not chosen:
-        some = ", ".join(list(trained)[:3])
+        some = ", ".join(trained[:3])
         raise ValueError(
             f"{pattern!r} is found in none of the trained linear layers, such as {some}"
         )
@@ -103,14 +102,16 @@ class MIGU:
         self.score = CRITERIA[criterion]
         self.layers = layers_to_mask(model, layers)
         self.magnitude = {}  # name of a layer -> (d_out,) fp32, this step's sum so far
+        self.masks = {}  # name of a layer -> bool (d_out,), once this step's is chosen
         self.undo = []
         for name in self.layers:
             # LoRA's B is judged by the merged output (section 3.3), which its parent gives.
-            self.attach(name, model.get_submodule(name.removesuffix(".lora_B")))
+            observed = model.get_submodule(name.removesuffix(".lora_B"))
+            self.undo.append(self.attach(name, observed))
 
     def attach(self, name, layer):
-        hook = layer.register_forward_hook(partial(self.observe, name))
-        self.undo.append(hook.remove)
+        """Look at a layer's outputs; returns what ends it."""
+        return layer.register_forward_hook(partial(self.observe, name)).remove
 
     def observe(self, name, layer, inputs, output):
         """Add a training pass's |h|, summed over its tokens. In fp32: a long sum of bf16 stalls.
@@ -133,19 +134,16 @@ class MIGU:
     @torch.no_grad()
     def mask_gradients(self):
         """Zero the masked rows of the gradients that there are. Returns (): rows kept / rows."""
-        masks = []
         for name, layer in self.layers.items():
-            if layer.weight.grad is not None:
-                keep = self.choose(name, layer)
+            if layer.weight.grad is not None and name not in self.masks:
+                keep = self.masks[name] = self.choose(name, layer)
                 layer.weight.grad.mul_(keep[:, None])
-                masks.append(keep)
-        return self.end_step(masks)
-
-    def end_step(self, masks):
-        if not masks:
+        if not self.masks:
             raise RuntimeError("no layer to mask has a gradient: call backward() first")
+        kept = torch.cat(list(self.masks.values())).float().mean()
         self.magnitude.clear()
-        return torch.cat(masks).float().mean()
+        self.masks.clear()
+        return kept
 
     def remove(self):
         """The model is as it was."""
@@ -168,11 +166,10 @@ class RowSparseMIGU(MIGU):
             if uses.count(id(layer.weight)) > 1 or name.endswith((".lora_A", ".lora_B")):
                 raise ValueError(f"{name}: tied weights and adapters need MIGU, not RowSparseMIGU")
         super().__init__(model, threshold, "magnitude", layers)
-        self.masks = {}  # name of a layer -> bool (d_out,), once its backward pass has run
 
     def attach(self, name, layer):
         layer.forward = partial(self.forward, name, layer)  # hides the class's own
-        self.undo.append(partial(layer.__dict__.pop, "forward", None))
+        return partial(layer.__dict__.pop, "forward", None)
 
     def forward(self, name, layer, x):
         # To autograd the detached weight is a constant: it computes the gradients of x and bias.
@@ -198,12 +195,6 @@ class RowSparseMIGU(MIGU):
         count = min(len(keep), math.ceil(count / 16) * 16)
         rows = self.magnitude[name].topk(count).indices
         return rows, keep[rows, None]
-
-    @torch.no_grad()
-    def mask_gradients(self):
-        masks = list(self.masks.values())
-        self.masks.clear()
-        return self.end_step(masks)
 
 
 class RowGradient(torch.autograd.Function):

@@ -729,18 +729,23 @@ def read_weights(path):
         return read_safetensors(path / WEIGHTS)
     index = path / f"{WEIGHTS}.index.json"
     check(index.exists(), f"{path} holds no {WEIGHTS}; pytorch_model.bin is pickled and never read")
-    places = read_json(index).get("weight_map")
-    check(isinstance(places, dict), f"{index}: weight_map is not an object")
-    for name, place in places.items():
-        inside = isinstance(place, str) and Path(place).name == place
-        check(inside, f"{index}: weight_map: {name}: {place!r} is no file of this folder")
     tensors = {}
-    for place in sorted(set(places.values())):
-        shard = read_safetensors(path / place)
+    for name in shard_names(index, read_json(index)):
+        shard = read_safetensors(path / name)
         twice = ", ".join(tensors.keys() & shard.keys())
-        check(not twice, f"{path / place}: {twice} stands in another shard too")
+        check(not twice, f"{path / name}: {twice} stands in another shard too")
         tensors |= shard
     return tensors
+
+
+def shard_names(source, index):
+    """The files that an index names; they lie beside it, not elsewhere."""
+    places = index.get("weight_map")
+    check(isinstance(places, dict), f"{source} has no weight_map")
+    for name, place in places.items():
+        beside = isinstance(place, str) and re.fullmatch(r"[\w.-]+\.safetensors", place)
+        check(beside, f"{source}: weight_map: {name}: {place!r} is no safetensors file beside it")
+    return sorted(set(places.values()))
 
 
 def check_fit(path, tensors, model):
