@@ -333,7 +333,7 @@ class ByteLevelBPE:
 def load_tokenizer(path):
     """The tokenizer of a model's folder. UserError names what is missing or not supported.
 
-    unknown: tokens that the model has beyond its tokenizer's file, such as T5's "<extra_id_0>".
+    unknown: finds tokens that the model has beyond that file, such as T5's "<extra_id_0>".
     """
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
     files = [Path(path, name) for name in names]
@@ -351,9 +351,8 @@ def load_tokenizer(path):
         tokenizer = ByteLevelBPE(Path(path, "tokenizer.json"), config.get("eos_token_id", 2))
     try:
         added |= {t["content"]: int(i) for i, t in options.get("added_tokens_decoder", {}).items()}
-        tokenizer.unknown = [
-            t for t, i in added.items() if t and is_text(t) and i >= len(tokenizer)
-        ]
+        beyond = [re.escape(t) for t, i in added.items() if t and i >= len(tokenizer)]
+        tokenizer.unknown = re.compile("|".join(beyond) or "(?!)")
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: {names[1]} or {names[2]}: {error!r}") from None
     return tokenizer

@@ -48,8 +48,8 @@ def check_task(task, tokenizer, longest=50):
     options = len(tokenizer.encode(", ".join(task.labels)))
     check(options < 400, f"task {task.name}: its labels take {options} of a prompt's 512 tokens")
     for example in task.train + task.test:
-        found = [token for token in tokenizer.unknown if token in example.prompt]
-        fault = f"task {task.name}: {found} in {example.prompt[-60:]!r}"
+        found = tokenizer.unknown.search(example.prompt)
+        fault = f"task {task.name}: {found and found[0]!r} in {example.prompt[-60:]!r}"
         check(not found, f"{fault}: the model's own tokens beyond its vocabulary are not supported")
     meanings = {}
     for label in task.labels:
@@ -160,10 +160,8 @@ def matrix_table(tasks, matrix):
 
 def read_runs(folders):
     """Finished runs, each its config, results and what is derived here; notes on the others."""
-    needed = {"config.json", "results.json"}
-    folders = [
-        folder for folder in map(Path, folders) if needed <= {f.name for f in folder.glob("*")}
-    ]
+    folders = [Path(folder) for folder in folders if Path(folder, "results.json").exists()]
+    folders = [folder for folder in folders if (folder / "config.json").exists()]
     check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
     runs, notes = {}, []
     for folder in folders:
@@ -205,6 +203,8 @@ def compare(folders):
     unmasked = {run["but_mask"]: run for run in runs if run["mask"] == "none"}
     for function in MEASURES:
         measure = function.__name__
+        if all(run[measure] is None for run in runs):
+            continue
         rows = [[measure.replace("_", " "), *columns, "mean", "gain over no mask"]]
         for name in sorted({run["name"] for run in runs}):
             row = [run for run in runs if run["name"] == name]

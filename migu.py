@@ -51,7 +51,7 @@ def by_magnitude(layer, magnitude):
 
 
 def by_chance(layer, magnitude):
-    """A baseline: other rows in each step."""
+    """A baseline: random rows, drawn anew in each step."""
     return torch.rand(layer.out_features, device=layer.weight.device)
 
 
@@ -133,7 +133,7 @@ class MIGU:
 
     @torch.no_grad()
     def mask_gradients(self):
-        """Zero the masked rows of the gradients that there are. Returns (): rows kept / rows."""
+        """Zero the masked rows of each gradient. Returns rows kept / rows, a tensor of shape ()."""
         for name, layer in self.layers.items():
             if layer.weight.grad is not None and name not in self.masks:
                 keep = self.masks[name] = self.choose(name, layer)
@@ -260,6 +260,8 @@ def add_lora(model, rank=8, alpha=32, dropout=0.05):
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and re.search(r"\.[qv](_proj)?$", name):
             model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout))
+    if not lora_layers(model):
+        raise ValueError("the model has no q and v projections to adapt")
 
 
 def merge_lora(model):

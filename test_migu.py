@@ -1269,7 +1269,7 @@ INDEX, LLAMA = "model.safetensors.index.json", {"config.json": b'{"model_type": 
     (LLAMA, "own/er has no tokenizer.model: copy tokenizer.model from"),
     ({**LLAMA, "tokenizer.json": b'{"decoder": "Fuse"}'}, "is not a byte-level BPE: copy"),
     ({**NO_WEIGHTS, INDEX: b"{}"}, "has no weight_map"),
-    *[({**NO_WEIGHTS, INDEX: b'{"weight_map": {"x": %b}}' % place}, "own/er: model.safetensors.index.json")
+    *[({**NO_WEIGHTS, INDEX: b'{"weight_map": {"x": %b}}' % place}, "er: model.safetensors.index")
       for place in (b'"gone.safetensors"', b'"../a.safetensors"', b'"config.json"', b"7", b"[]")],
 ])  # fmt: skip
 def test_a_model_that_could_not_be_loaded_is_refused_before_weights(hub, changes, said, capsys):

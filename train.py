@@ -40,7 +40,8 @@ from model import write_safetensors, write_text
 LEARNING_RATE = {"full": 1e-4, "lora": 1e-3, "inclora": 1e-3, "olora": 1e-3}
 THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05}
 REPLAY_THRESHOLD = 0.4
-MASKS = ("migu", *list(CRITERIA)[1:], "none")  # migu is the criterion "magnitude"
+OTHERS = [name for name in CRITERIA if name != "magnitude"]
+MASKS = ("migu", *OTHERS, "none")  # migu is the criterion "magnitude"
 MAY_CHANGE = ("versions", "checkpointing")  # when a run is resumed: they change no number
 
 RANGES = (  # of options: what a value must do, a test of it, and which options these are
@@ -212,8 +213,9 @@ def train_step(model, optimizer, masker, batch, c, earlier):
     total = 0.0
     for start in range(0, len(batch), c.micro_batch):
         part = batch[start : start + c.micro_batch]
+        inputs, labels = zip(*part)
         with evaluation.autocast(model, c.dtype):
-            loss = model.loss(**data.collate(*zip(*part)))
+            loss = model.loss(**data.collate(inputs, labels))
         # The mean over the targets of the whole batch, however it is cut.
         loss = loss * (count_targets(part) / count_targets(batch))
         loss.backward()
@@ -412,7 +414,8 @@ def run(folder, c, tasks, tokenizer):
     """Train on each task, test as --eval says, save."""
     state = load_state(folder, tasks)
     if state.finished == len(tasks):
-        return print("nothing left to do")
+        print("nothing left to do")
+        return
     model, earlier = load_stage(folder, c, state.finished)
     check_tokenizer(model, tokenizer, c.model)
     first = len(tasks) - 1 if c.joint else state.finished  # the last task's stage has all
@@ -430,7 +433,8 @@ def run(folder, c, tasks, tokenizer):
         write_results(folder, c, state)
         save_stage(model, folder, c, stage + 1, earlier)
         print(", ".join(f"{key} {x if key == 'task' else f'{x:.1f}'}" for key, x in report.items()))
-        print(evaluation.matrix_table(state.tasks, state.matrix), flush=True)
+        if not np.isnan(state.matrix[stage]).all():
+            print(evaluation.matrix_table(state.tasks, state.matrix), flush=True)
 
 
 def check_tokenizer(model, tokenizer, source):
@@ -455,7 +459,7 @@ def train(args):
     folders = [data.task_folder(args.data, name) for name in names if name in data.GROUP_OF]
     if not all((folder / f"{part}.json").exists() for folder in folders for part in data.PARTS):
         download.fetch_data(args.data)
-    limits = (args.limit or [None]) * 2
+    limits = (args.limit or [None]) * 2  # one number holds for both
     tasks = {name: data.load_task(args.data, name, limits) for name in names}
     source = model_folder(args.model)
     if not (source / "config.json").exists():
@@ -489,6 +493,8 @@ DEMO_T5 = {
     "dropout_rate": 0.0,
     "layer_norm_epsilon": 1e-6,
     "relative_attention_num_buckets": 32,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
 }
 
 
