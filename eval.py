@@ -166,6 +166,9 @@ def read_runs(folders):
     runs, notes = {}, []
     for folder in folders:
         config = read_json(folder / "config.json")
+        if "mask" not in config:
+            notes.append(f"not counted, as another version wrote it: {folder}")
+            continue
         run = {**config, **read_json(folder / "results.json")}
         run["column"] = f"order {run['order']}" if run["order"] else " ".join(run["tasks"])
         run["settings"] = leave_out(config, NOT_SETTINGS)
@@ -237,7 +240,9 @@ def plot(folders, file):
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
 
     runs, _ = read_runs(folders)
+    check(runs, "no finished run to draw")
     tasks = {run["column"]: run["tasks"] for run in runs}
+    names = sorted({run["name"] for run in runs})
     columns = sorted(tasks)
     most = max(map(len, tasks.values()))
     figure = Figure(figsize=(2.4 * most, 2.6 * len(tasks) + 0.6), layout="constrained")
@@ -249,9 +254,12 @@ def plot(folders, file):
         matrix = np.mean(np.array(here, float), 0)
         steps = range(1, len(matrix) + 1)
         for panel, task, accuracies in zip(line, tasks[column], matrix.T):
-            panel.plot(steps, accuracies, marker=".", label=name)
+            panel.plot(steps, accuracies, f"C{names.index(name)}.-", label=name)
             panel.set(title=task, xlabel="tasks learned", xticks=steps, ylim=(-2, 102))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    lines = {}
+    for panel in panels[:, 0]:
+        lines |= {line.get_label(): line for line in panel.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=120)
 
 
