@@ -600,6 +600,89 @@ def test_prompts_are_the_benchmark_s_to_the_letter(place, tmp_path):
     assert (task.name, task.train, task.labels) == (name, [(text, "yes")], ["yes", "no"])
 
 
+def test_frozen_layers_are_passed_over():
+    model = nn.Sequential(nn.Linear(1, 10), nn.Linear(10, 10), nn.Linear(10, 4))
+    model[0].requires_grad_(False)
+    masker = MIGU(model)
+    model[1].requires_grad_(False)  # later, too
+    model(torch.randn(5, 1)).sum().backward()
+    assert masker.mask_gradients() == 1 / 4
+
+
+def test_a_random_mask_masks_and_changes_every_step():
+    torch.manual_seed(0)
+    layer, masks = nn.Linear(3, 100), []
+    masker = MIGU(layer, 0.7, "random")
+    for _ in range(2):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        masker.mask_gradients()
+        masks.append(layer.weight.grad[:, 0].tolist())
+    assert sum(masks[0]) == sum(masks[1]) == 30 and masks[0] != masks[1]
+
+
+def test_a_new_criterion_is_one_function_and_one_entry(monkeypatch):
+    monkeypatch.setitem(migu.CRITERIA, "first", lambda layer, magnitude: torch.tensor([3, 2, 1]))
+    layer = linear([1], [2], [3])
+    layer.weight.grad = torch.ones(3, 1)
+    MIGU(layer, 1, "first").mask_gradients()
+    assert layer.weight.grad.tolist() == [[1], [0], [0]]
+
+
+def test_the_orthogonality_penalty_is_the_hand_computed_one():
+    model = adapted([1, 1], rank=2)
+    A = model.x.q.lora_A.weight
+    A.data = torch.tensor([[1.0, -2], [0, 4]])
+    penalty = migu.orthogonality_penalty(model, {"x.q": torch.tensor([[1.0, 1], [2, 0], [0, -1]])})
+    penalty.backward()
+    # A_old A_new^T = [[-1, 4], [2, 0], [2, -4]]; the derivative is sign(A_new A_old^T) A_old.
+    assert penalty == 13 and A.grad.tolist() == [[-1 + 2, -1 - 1], [1, 1 + 1]]
+
+
+def test_a_saved_folder_opens_in_transformers(pair, tmp_path):
+    theirs, ours, batch = pair
+    save_model(ours, tmp_path)
+    again = type(theirs).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**batch).logits, theirs(**batch).logits)
+
+
+def test_every_dtype_comes_back_and_to_and_from_the_official_library(tmp_path):
+    official = pytest.importorskip("safetensors.torch")
+    tensors = {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4, dtype=torch.bfloat16)}
+    for kind, dtype in models.DTYPES.items():
+        tensors[kind] = torch.arange(48, dtype=torch.uint8).fmod(2).view(dtype).view(2, -1)
+    write_safetensors(tmp_path / "ours", tensors)
+    official.save_file(tensors, tmp_path / "official")
+    raw = (tmp_path / "ours").read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    (tmp_path / "odd").write_bytes(file_of(raw[8:end] + b" ", raw[end:]))  # nothing is aligned
+    files = [read_safetensors(tmp_path / name) for name in ("ours", "odd", "official")]
+    for back in (*files, official.load_file(tmp_path / "ours")):
+        assert back.keys() == tensors.keys()
+        for name, (one, two) in {name: (back[name], tensors[name]) for name in tensors}.items():
+            assert one.dtype == two.dtype and one.shape == two.shape, name
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, two))), name
+
+
+def test_shards_are_read(tmp_path):
+    model = small()
+    save_model(model, tmp_path)
+    tensors = read_safetensors(tmp_path / WEIGHTS)
+    places = {name: f"{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for place in set(places.values()):
+        part = {name: tensor for name, tensor in tensors.items() if places[name] == place}
+        write_safetensors(tmp_path / place, part)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+    assert torch.equal(load_model(tmp_path).shared.weight, model.shared.weight)
+
+
+def test_orders_are_the_papers():
+    firsts, lasts = zip(*((tasks[0], tasks[-1]) for tasks in data.ORDERS.values()))
+    assert firsts == ("dbpedia", "dbpedia", "yahoo", "MNLI", "MultiRC", "yelp")
+    assert lasts == ("agnews", "yahoo", "dbpedia", "yahoo", "yahoo", "WiC")
+    assert [len(set(tasks)) for tasks in data.ORDERS.values()] == [4, 4, 4, 15, 15, 15]
+
+
 # ---- byte-level BPE
 
 BYTE_LEVEL = {**data.BYTE_LEVEL, "trim_offsets": True}
