@@ -2,6 +2,7 @@
 
     python eval.py runs/*           # tables: a row a method, a column an order
     python eval.py runs/* --plot    # and a picture of every task's accuracy over the sequence
+    python eval.py --overlap models/t5-large --tasks dbpedia amazon    # do tasks share large rows?
 
 matrix[i, j] is the accuracy on task j after training on task i, in percent; NaN: not measured.
 """
@@ -18,10 +19,13 @@ import torch
 from tqdm import tqdm
 
 import data
-from model import Parser, UserError, check, one_line_errors, read_json
+from migu import MIGU, keep_rows
+from model import RANK, Parser, UserError, check, load_model, one_line_errors, read_json
 
 # What runs of one row of a table may differ in: the seed, the tasks, and where they ran.
-NOT_SETTINGS = "seed order tasks model_name versions device data checkpointing row_sparse".split()
+NOT_SETTINGS = (
+    "seed order tasks model_name versions device data checkpointing row_sparse processes".split()
+)
 MASK_SETTINGS = "mask threshold layers mask_first method".split()
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -78,7 +82,7 @@ def evaluate(model, tokenizer, sources, dtype="float32", tokens=16384, name=""):
         batches.append(waiting[:size])
         waiting = waiting[size:]
     predictions = [""] * len(sources)
-    for batch in tqdm(batches, desc=f"test {name}", leave=False):
+    for batch in tqdm(batches, desc=f"test {name}", leave=False, disable=RANK > 0):
         inputs = data.collate([sources[i] for i in batch])
         with autocast(model, dtype):
             new = model.generate(**inputs, max_new_tokens=50)
@@ -232,20 +236,23 @@ def row_cells(row, unmasked, columns, measure):
     return [*cells, cell([mean(means)]), f"{gain:+.1f}"]
 
 
-def plot(folders, file):
-    """A panel a task: its accuracy after each task, a line a method, the mean over seeds."""
+def new_figure(width, height):
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
+
+def plot(folders, file):
+    """A panel a task: its accuracy after each task, a line a method, the mean over seeds."""
     runs, _ = read_runs(folders)
     check(runs, "no finished run to draw")
     tasks = {run["column"]: run["tasks"] for run in runs}
     names = sorted({run["name"] for run in runs})
     columns = sorted(tasks)
     most = max(map(len, tasks.values()))
-    figure = Figure(figsize=(2.4 * most, 2.6 * len(tasks) + 0.6), layout="constrained")
+    figure = new_figure(2.4 * most, 2.6 * len(tasks) + 0.6)
     panels = figure.subplots(len(tasks), most, sharex=True, sharey=True, squeeze=False)
     for column, name in sorted({(run["column"], run["name"]) for run in runs}):
         here = [run["matrix"] for run in runs if (run["column"], run["name"]) == (column, name)]
@@ -263,15 +270,87 @@ def plot(folders, file):
     figure.savefig(file, dpi=120)
 
 
+# ---- why it works: do tasks differ in which rows are large?
+
+
+def magnitudes(model, tokenizer, examples):
+    """name of a layer -> (d_out,), as MIGU adds them up when these examples are a batch."""
+    masker = MIGU(model)
+    model.train().requires_grad_(False)  # as in training, but without a backward pass
+    torch.manual_seed(0)  # of dropout
+    for start in range(0, len(examples), 16):
+        part = examples[start : start + 16]
+        rows = [data.training_row(tokenizer, e, model.decoder_only) for e in part]
+        model.loss(**data.collate(*zip(*rows)))
+    masker.remove()
+    model.requires_grad_(True)
+    return masker.magnitude
+
+
+def common_rows(one, other, threshold=0.7):
+    """Of the rows kept by one's magnitudes, the share that the other's keep too: mean of layers."""
+    shares = []
+    for name in one:
+        kept = keep_rows(one[name], threshold)
+        shares.append(kept[keep_rows(other[name], threshold)].sum() / kept.sum())
+    return float(torch.stack(shares).mean())
+
+
+def overlap(folder, names, root, file=None):
+    """A table: rows kept on a batch of a task, and on another batch of that or another task."""
+    tasks = [data.load_task(root, name, (128, 1)) for name in names]
+    tokenizer = data.load_tokenizer(folder)
+    model = load_model(folder)
+    ones, others = [], []
+    for task in tqdm(tasks, desc="tasks"):
+        ones.append(magnitudes(model, tokenizer, task.train[0::2]))
+        others.append(magnitudes(model, tokenizer, task.train[1::2]))
+    shares = np.array([[common_rows(one, other) for other in others] for one in ones])
+    titles = [task.name for task in tasks]
+    rows = [["rows in common (chance: 0.30)", *titles]]
+    for title, line in zip(titles, shares):
+        rows.append([title, *(f"{share:.2f}" for share in line)])
+    if file:
+        plot_overlap(titles, shares, ones, file)
+    return table(rows)
+
+
+def plot_overlap(titles, shares, ones, file):
+    """The table as a heat map; one layer's magnitudes on two tasks, in the order of the first's."""
+    figure = new_figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    image = left.imshow(shares, vmin=0.3, vmax=1)
+    left.set(title="rows kept in common", xticks=range(len(titles)), yticks=range(len(titles)))
+    left.set_xticklabels(titles, rotation=45)
+    left.set_yticklabels(titles)
+    figure.colorbar(image)
+    name = list(ones[0])[len(ones[0]) // 2]
+    order = ones[0][name].argsort(descending=True)
+    for title, one in zip(titles[1::-1], ones[1::-1]):
+        right.plot(one[name][order] / one[name].sum(), ".", markersize=3, label=title)
+    right.set(title=name, xlabel=f"row, in the order of {titles[0]}", ylabel="share of magnitude")
+    right.legend()
+    figure.savefig(file, dpi=120)
+
+
 def main(argv=None):
     with one_line_errors("eval.py"):
         parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         add = parser.add_argument
-        add("runs", nargs="+", help="run folders; others are passed over")
-        add("--plot", nargs="?", const="runs.png", metavar="FILE", help="(default runs.png)")
+        add("runs", nargs="*", help="run folders; others are passed over")
+        add("--overlap", metavar="MODEL", help="or: a model's folder, to compare the rows of tasks")
+        add(
+            "--tasks", nargs="+", default=[], help="with --overlap: names or folders, as train.py's"
+        )
+        add("--data", default="data", help="folder of the benchmark (default data)")
+        add("--plot", nargs="?", const="plot.png", metavar="FILE", help="(default plot.png)")
         args = parser.parse_args(argv)
-        picture = args.plot or "runs.png"
+        picture = args.plot or "plot.png"
         check(picture.endswith((".png", ".pdf", ".svg")), f"--plot {picture}: no .png, .pdf, .svg")
+        if args.overlap:
+            check(args.tasks and not args.runs, "--overlap MODEL goes with --tasks, without runs")
+            print(overlap(args.overlap, args.tasks, args.data, args.plot))
+            return
         print(compare(args.runs))
         if args.plot:
             plot(args.runs, args.plot)

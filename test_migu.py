@@ -523,7 +523,7 @@ def index(place):
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2950735608\n"
 ONE = torch.ones(1)
-TWO_FAULTS = r"a: \[1\] in the file, unexpected by config.json; shared.weight: \[1\] in the file, "
+TWO_FAULTS = r'(?s)Unexpected key.*"a".*size mismatch for shared.weight: .*\[1\]'
 FAULTS = [  # a folder, what becomes of its files, the fault
     ("t5", {WEIGHTS: b""}, "empty"),
     ("t5", {WEIGHTS: LFS}, f"{WEIGHTS}: .*Git LFS pointer: run git lfs pull"),
@@ -539,9 +539,8 @@ FAULTS = [  # a folder, what becomes of its files, the fault
     ("t5", {WEIGHTS: file_of({"__metadata__": []})}, "__metadata__ is not text"),
     ("t5", {WEIGHTS: None, "pytorch_model.bin": b""}, "pytorch_model.bin is pickled and never"),
     ("t5", index("../0.safetensors"), "weight_map: lm_head.weight: '../0.safetensors' is no saf"),
-    ("t5", {WEIGHTS: {"module.a": ONE, "module.b": ONE}}, "2 of .*module.* without it$"),
     ("t5", {WEIGHTS: {"lm_head.weight": ONE}}, "lm_head.weight differs from shared.weight"),
-    ("t5", {WEIGHTS: {f"{CROSS}.v.weight": None}}, f"{CROSS}.v.weight: missing in the file, "),
+    ("t5", {WEIGHTS: {f"{CROSS}.v.weight": None}}, f'(?s)Missing key.*"{CROSS}.v.weight"'),
     ("t5", {WEIGHTS: {"a": ONE, "shared.weight": ONE}}, TWO_FAULTS),
     ("t5", {"config.json": None}, "config.json"),
     ("t5", {"config.json": {"model_type": "gpt2"}}, "model_type gpt2 is not supported"),

@@ -5,6 +5,7 @@
     python train.py --order 1 2 3 --seed 42 1024 2048    # nine runs, and a table over them
     python train.py --order 4 --tune lora --mask none --replay 0.02
     python train.py --tasks my_tasks/news my_tasks/mail  # your own: train, test, labels .json
+    torchrun --nproc-per-node 8 train.py --order 1       # on 8 GPUs: each batch is split over them
 
 A run is a folder: config.json, log.csv, matrix.csv, results.json, predictions/, model/.
 """
@@ -15,15 +16,20 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import shutil
+import sys
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -32,7 +38,7 @@ import download
 import eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD, RowSparseMIGU, add_lora, lora_layers, merge_lora
 from migu import orthogonality_penalty, plain_weights
-from model import T5, Parser, UserError, check, load_model, lock, one_line_errors
+from model import RANK, T5, Parser, UserError, check, load_model, lock, one_line_errors
 from model import open_safetensors, read_json, read_safetensors, save_model
 from model import write_safetensors, write_text
 
@@ -49,6 +55,7 @@ RANGES = (  # of options: what a value must do, a test of it, and which options 
     ("be from 0 to 1", lambda x: 0 <= x <= 1, "threshold replay"),
     ("not be below 0", lambda x: 0 <= x < math.inf, "clip l1 seed"),
 )
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts several
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TUNINGS = "all weights; one adapter; an adapter a task; these orthogonal (default full)"
 
@@ -111,6 +118,11 @@ def check_args(args):
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     known = ["cpu", *gpus, *(["cuda"] if gpus else [])]
     check(args.device in known, f"--device {args.device} is none of {known}: use --device cpu")
+    if PROCESSES > 1:
+        check(args.device in ("cpu", "cuda") and not args.demo, "torchrun: no --demo, no cuda:N")
+        local, count = int(os.environ["LOCAL_RANK"]), len(gpus)
+        few = f"torchrun: there are {count} GPUs: lower --nproc-per-node, or add --device cpu"
+        check(args.device == "cpu" or local < count, few)
 
 
 def model_folder(name):
@@ -138,7 +150,8 @@ def settings(args, order, seed):
         c.threshold = REPLAY_THRESHOLD if args.replay else THRESHOLD[args.tune]
     c.dtype = args.dtype or ("bfloat16" if "cuda" in args.device else "float32")
     c.micro_batch = min(args.micro_batch or args.batch_size, args.batch_size)
-    one_pass = c.tune == "full" and c.micro_batch == c.batch_size
+    c.processes = PROCESSES
+    one_pass = c.tune == "full" and c.micro_batch == c.batch_size and c.processes == 1
     c.row_sparse = one_pass and c.mask == "migu" and not re.search(c.layers, "lm_head")
     c.versions = {"python": platform.python_version(), "torch": torch.__version__}
     names = [Path(task).name for task in c.tasks]
@@ -205,25 +218,46 @@ def count_targets(rows):
     return sum(label != -100 for _, labels in rows for label in labels)
 
 
+def sum_over_processes(model, masker, loss):
+    """Each process has seen a share of the batch: now all have the whole batch's sums."""
+    sums = [loss]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # this share is empty
+                parameter.grad = torch.zeros_like(parameter)
+            sums.append(parameter.grad)
+    if masker:
+        for name, layer in masker.layers.items():
+            zeros = torch.zeros(layer.out_features, device=loss.device)
+            sums.append(masker.magnitude.setdefault(name, zeros))
+    for tensor in sums:
+        dist.all_reduce(tensor)
+
+
 def train_step(model, optimizer, masker, batch, c, earlier):
     """One update by rows of (input ids, labels). Returns loss, rows kept / rows, gradient norm.
 
     Each is (), on the device: reading it would wait for a GPU.
     """
-    total = 0.0
-    for start in range(0, len(batch), c.micro_batch):
-        part = batch[start : start + c.micro_batch]
+    total = torch.zeros((), device=model.device)
+    share = batch[RANK::PROCESSES]
+    for start in range(0, len(share), c.micro_batch):
+        part = share[start : start + c.micro_batch]
         inputs, labels = zip(*part)
         with evaluation.autocast(model, c.dtype):
             loss = model.loss(**data.collate(inputs, labels))
         # The mean over the targets of the whole batch, however it is cut.
         loss = loss * (count_targets(part) / count_targets(batch))
         loss.backward()
-        total = total + loss.detach()
+        total += loss.detach()
+    if PROCESSES > 1:
+        sum_over_processes(model, masker, total)
     if earlier:
         (c.l1 * orthogonality_penalty(model, earlier)).backward()
     kept = 1.0
     if masker:
+        # Random rows are the same in all processes, whatever their dropout drew.
+        torch.manual_seed(torch.initial_seed() + 1)
         kept = masker.mask_gradients()  # MIGU: the rows of small magnitude get no gradient
     norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
     optimizer.step()
@@ -237,7 +271,7 @@ def train_task(model, rows, c, masker, rng, name, epochs, earlier):
     steps = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)]
     log = []
     model.train()
-    bar = tqdm(steps, desc=f"train {name}", unit="step")
+    bar = tqdm(steps, desc=f"train {name}", unit="step", disable=RANK > 0)
     for step, batch in enumerate(bar, 1):
         loss, kept, norm = train_step(model, optimizer, masker, batch, c, earlier)
         log.append((loss, kept, norm))
@@ -300,7 +334,7 @@ def train_stage(model, tokenizer, c, tasks, stage, earlier):
     """Train on a stage's examples. Returns its log, and O-LoRA's A of all tasks so far."""
     rng, name = seeded(c.seed, 0 if c.joint else stage), stage_name(c, tasks, stage)
     examples = stage_examples(c, tasks, stage)
-    rows = [data.training_row(tokenizer, e, not isinstance(model, T5)) for e in examples]
+    rows = [data.training_row(tokenizer, e, model.decoder_only) for e in examples]
     tell_cut([ids[: labels.count(-100) or None] for ids, labels in rows], f"training on {name}")
     if c.tune in ("inclora", "olora"):  # a new adapter, folded in once it is trained
         add_lora(model)
@@ -321,18 +355,33 @@ def train_stage(model, tokenizer, c, tasks, stage, earlier):
     return log, earlier
 
 
+def join_shares(predictions):
+    """All predictions in order, of which each process has made every PROCESSES-th."""
+    shares = [None] * PROCESSES
+    dist.all_gather_object(shares, predictions)
+    joined = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        joined[rank::PROCESSES] = share
+    return joined
+
+
 def test_stage(model, tokenizer, c, tasks, stage, folder):
     """Accuracies on the tasks seen so far, NaN where not tested; predictions go to the folder."""
     accuracies = np.full(len(tasks), np.nan)
-    is_t5 = isinstance(model, T5)
-    budget = 65536 if "cuda" in c.device and is_t5 else 16384  # Llama caches more
+    # On a GPU more at once, where the cache is small: T5's holds answers, Llama's prompts too.
+    tokens = 65536 if "cuda" in c.device and not model.decoder_only else 16384
     if c.eval == "last" and stage < len(tasks) - 1:
         return accuracies
     for j in range(stage + 1):
         name, examples = tasks[j].name, tasks[j].test
-        sources = [data.source_row(tokenizer, example.prompt, not is_t5) for example in examples]
+        sources = [
+            data.source_row(tokenizer, example.prompt, model.decoder_only) for example in examples
+        ]
         tell_cut(sources, f"testing on {name}")
-        predictions = evaluation.evaluate(model, tokenizer, sources, c.dtype, budget, name)
+        share = sources[RANK::PROCESSES]
+        predictions = evaluation.evaluate(model, tokenizer, share, c.dtype, tokens, name)
+        if PROCESSES > 1:
+            predictions = join_shares(predictions)
         accuracies[j] = evaluation.accuracy(predictions, examples)
         lines = []
         for example, prediction in zip(examples, predictions):
@@ -470,15 +519,30 @@ def train(args):
     tokenizer = data.load_tokenizer(source)
     for task in tasks.values():
         evaluation.check_task(task, tokenizer)
+    if PROCESSES > 1:
+        start_processes(args.device)
     for folder, c in runs.items():
         print(f"# {folder}", flush=True)
-        held = lock(folder / ".lock")
+        held = nullcontext() if RANK > 0 else lock(folder / ".lock")
         check(held, f"{folder} is in use by another process: wait, or choose another --out")
         with held:
             check_folder(folder, c, args.resume)  # once more: another process may have been here
             run(folder, c, [tasks[name] for name in c.tasks], tokenizer)
-    print(evaluation.compare(runs))
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+    if RANK == 0:
+        print(evaluation.compare(runs))
     return list(runs)
+
+
+def start_processes(device):
+    """Join the processes that torchrun started, each with a GPU of its own; the first prints."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # While the first saves a large model, the others wait.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=2))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
 # ---- the demo: what a user would type, on a tiny T5 and tasks made here
