@@ -1191,6 +1191,76 @@ def test_a_step_that_destroys_the_weights_is_not_kept(lab):
     assert not list(lab.place.rglob("model.safetensors"))
 
 
+# ---- several processes
+
+# Commands, one after another, in each of the processes that torchrun starts: all with one process
+# group. A run into the folder "cut" dies in its second task, and goes on.
+WORKER = """
+import functools, json, sys
+sys.path.insert(0, sys.argv[1])
+import train
+train.add_lora = functools.partial(train.add_lora, dropout=0.0)
+train.dist.init_process_group("gloo")
+train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **others: None
+save = train.save_stage
+def dying_save(model, folder, c, finished, earlier):
+    save(model, folder, c, finished, earlier) if finished == 1 else sys.exit("dies")
+for words in json.loads(sys.argv[2]):
+    dies = words[-1].endswith("cut")
+    train.save_stage = dying_save if dies else save
+    try:
+        train.main(words)
+    except SystemExit as stop:
+        assert dies and str(stop) == "dies"
+"""
+SPLIT = "--optimizer sgd --lr 0.3 --mask-first --batch-size 8 --epochs 1 --eval all --limit"
+SPLITS = {  # of 9 records the last batch holds one: then the second process has nothing to do
+    "migu": "9",
+    "random": "12 --mask random",
+    "gradient": "9 --mask gradient --micro-batch 3",
+    "weight": "9 --mask weight --layers wi",
+    "none": "9 --mask none",
+    "lora": "9 --tune lora",
+    "olora": "12 --tune olora --replay 0.5 --threshold 0.5",
+}
+
+
+def torchrun(script, *words):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*start, script, *words], capture_output=True, text=True)
+
+
+def test_two_processes_make_the_masks_of_one_and_its_weights_to_rounding(lab):
+    changed(lab.world / "t5", {"config.json": {"dropout_rate": 0.0}}, lab.place / "still")
+    commands = [lab.words(f"{SPLIT} {more}", n, lab.place / "still") for n, more in SPLITS.items()]
+    for more in ("whole", "cut", "cut --resume"):  # with dropout
+        commands.append(lab.words(f"--mask random --out {lab.place / more}"))
+    (lab.place / "worker.py").write_text(WORKER)
+    done = torchrun(lab.place / "worker.py", str(HERE), json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    assert left(*(lab.place / "whole").iterdir()) == left(*(lab.place / "cut").iterdir())
+
+    lab.patch.setattr(train, "add_lora", partial(add_lora, dropout=0.0))
+    start = load_model(lab.place / "still").state_dict()
+    for n, more in SPLITS.items():
+        alone = lab.run(f"{SPLIT} {more}", "alone" + n, lab.place / "still")
+        (split,) = (lab.place / n).iterdir()
+        one, two = left(alone), left(split)
+        assert one.keys() == two.keys() and one["results.json"] == two["results.json"], more
+        logs = [np.genfromtxt(io.BytesIO(f["log.csv"]), delimiter=",")[1:, 2:] for f in (one, two)]
+        np.testing.assert_allclose(*logs, rtol=1e-4)  # losses, rows kept, norms
+        models = [load_model(folder / "model").state_dict() for folder in (alone, split)]
+        assert_close(*models, 1e-4)
+        for name, weight in start.items():
+            same = [(model[name] == weight).all(-1) for model in models]
+            assert torch.equal(*same), f"{more}: {name}"
+
+
+def test_a_mistake_is_one_line_in_several_processes_too(lab):
+    stopped = torchrun(HERE / "train.py", *lab.words("--demo"))
+    assert stopped.returncode == 1 and stopped.stderr.count("train.py: ") == 1
+
+
 # ---- tables and pictures over runs
 
 GAIN = [{}, {"threshold": 0.5, "mask_first": True, "layers": "q"}]
