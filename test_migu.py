@@ -1203,11 +1203,14 @@ train.add_lora = functools.partial(train.add_lora, dropout=0.0)
 train.dist.init_process_group("gloo")
 train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **others: None
 save = train.save_stage
-def dying_save(model, folder, c, finished, earlier):
-    save(model, folder, c, finished, earlier) if finished == 1 else sys.exit("dies")
+def checking_save(model, folder, c, finished, earlier):
+    weights = [None, None]
+    train.dist.all_gather_object(weights, [p.sum().item() for p in model.parameters()])
+    assert weights[0] == weights[1]
+    save(model, folder, c, finished, earlier) if finished == 1 or not dies else sys.exit("dies")
+train.save_stage = checking_save
 for words in json.loads(sys.argv[2]):
     dies = words[-1].endswith("cut")
-    train.save_stage = dying_save if dies else save
     try:
         train.main(words)
     except SystemExit as stop:
