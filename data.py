@@ -265,7 +265,7 @@ class ByteLevelBPE:
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{file}: not in the form of a tokenizer.json: {error!r}") from None
         self.eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
-        self.word_ids = functools.lru_cache(2**16)(self.encode_word)
+        self.word_ids = functools.cache(self.encode_word)
 
     def read(self, parts):
         """vocab: token -> id; ranks: pair of tokens -> its place among the merges as learned."""
@@ -320,8 +320,8 @@ class ByteLevelBPE:
             if piece in self.added:
                 ids.append(self.added[piece])
             else:
-                for word in self.word_pattern.findall(piece):
-                    ids += self.word_ids(word)
+                words = self.word_pattern.findall(piece)
+                ids += itertools.chain.from_iterable(map(self.word_ids, words))
         return ids
 
     def decode(self, ids):
@@ -358,10 +358,10 @@ def load_tokenizer(path):
     return tokenizer
 
 
-# ---- rows of ids, and batches of rows
+# ---- examples as ids, and batches of them
 
 
-def source_row(tokenizer, text, decoder_only, longest=512):
+def encode_prompt(tokenizer, text, decoder_only, longest=512):
     """What a model reads: T5 prompt + end, Llama start + prompt; too much is cut from the text."""
     ids = tokenizer.encode(text)
     room = longest - (len(tokenizer.start) if decoder_only else 1)
@@ -373,34 +373,34 @@ def source_row(tokenizer, text, decoder_only, longest=512):
     return ids + [tokenizer.eos_id]
 
 
-def training_row(tokenizer, example, decoder_only, longest=50):
+def encode_example(tokenizer, example, decoder_only, longest=50):
     """(input ids, labels): what the model reads and what it must write, the answer and its end."""
-    source = source_row(tokenizer, example.prompt, decoder_only)
-    target = tokenizer.encode(example.answer)[: longest - 1] + [tokenizer.eos_id]
+    prompt = encode_prompt(tokenizer, example.prompt, decoder_only)
+    answer = tokenizer.encode(example.answer)[: longest - 1] + [tokenizer.eos_id]
     if decoder_only:
-        return source + target, [-100] * len(source) + target
-    return source, target
+        return prompt + answer, [-100] * len(prompt) + answer
+    return prompt, answer
 
 
-def pad(rows, value):
+def pad(lists, value):
     """Lists of ids -> (B, S), filled on the right; S is a multiple of 16, which kernels like."""
-    length = math.ceil(max(len(row) for row in rows) / 16) * 16
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+    length = math.ceil(max(map(len, lists)) / 16) * 16
+    return torch.tensor([ids + [value] * (length - len(ids)) for ids in lists])
 
 
 def collate(inputs, labels=None):
     """Lists of ids -> a model's arguments, on the CPU: it moves them to its device itself."""
-    mask = [[1] * len(row) for row in inputs]
+    mask = [[1] * len(ids) for ids in inputs]
     batch = {"input_ids": pad(inputs, 0), "attention_mask": pad(mask, 0)}
     if labels is not None:
         batch["labels"] = pad(labels, -100)
     return batch
 
 
-def batches(rows, size, rng):
-    """One epoch: lists of at most `size` rows, in an order that rng decides."""
-    order = rng.permutation(len(rows))
-    return [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows), size)]
+def batches(examples, size, rng):
+    """One epoch: lists of at most `size` examples, in an order that rng decides."""
+    shuffled = [examples[i] for i in rng.permutation(len(examples))]
+    return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
 
 
 # ---- the demo's tasks: each topic has made-up words of its own, which its texts are made of

@@ -72,18 +72,18 @@ def autocast(model, dtype):
     return torch.autocast(model.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def evaluate(model, tokenizer, sources, dtype="float32", tokens=16384, name=""):
-    """Greedy answers to rows of ids. Longest first, in batches of so many tokens with padding."""
+def evaluate(model, tokenizer, prompts, dtype="float32", tokens=16384, name=""):
+    """Greedy answers to prompts (ids). Longest first, in batches of so many tokens with padding."""
     model.eval()
-    waiting = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = []
     while waiting:
-        size = max(1, tokens // len(sources[waiting[0]]))
+        size = max(1, tokens // len(prompts[waiting[0]]))
         batches.append(waiting[:size])
         waiting = waiting[size:]
-    predictions = [""] * len(sources)
+    predictions = [""] * len(prompts)
     for batch in tqdm(batches, desc=f"test {name}", leave=False, disable=RANK > 0):
-        inputs = data.collate([sources[i] for i in batch])
+        inputs = data.collate([prompts[i] for i in batch])
         with autocast(model, dtype):
             new = model.generate(**inputs, max_new_tokens=50)
         for i, ids in zip(batch, new.tolist()):
@@ -280,8 +280,8 @@ def magnitudes(model, tokenizer, examples):
     torch.manual_seed(0)  # of dropout
     for start in range(0, len(examples), 16):
         part = examples[start : start + 16]
-        rows = [data.training_row(tokenizer, e, model.decoder_only) for e in part]
-        model.loss(**data.collate(*zip(*rows)))
+        encoded = [data.encode_example(tokenizer, e, model.decoder_only) for e in part]
+        model.loss(**data.collate(*zip(*encoded)))
     masker.remove()
     model.requires_grad_(True)
     return masker.magnitude

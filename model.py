@@ -387,7 +387,7 @@ class T5(LanguageModel):
             self.lm_head.weight = self.shared.weight
         if c.scale_decoder_outputs is None:
             c.scale_decoder_outputs = c.tie_word_embeddings
-        self.scale = c.d_model**-0.5 if c.scale_decoder_outputs else 1.0
+        self.head_scale = c.d_model**-0.5 if c.scale_decoder_outputs else 1.0
 
     def encode(self, input_ids, attention_mask):
         packing = Packing(attention_mask, self.device)
@@ -413,7 +413,7 @@ class T5(LanguageModel):
         causal = causal_mask(ids.shape[1], mask.shape[1], self.device)
         x = self.shared(packing.pack(to_device(ids, self.device)))  # (tokens, d)
         x = self.decoder(x, packing, causal, self.checkpointing, cache, memory)
-        return x * self.scale, packing
+        return x * self.head_scale, packing
 
 
 # ---- Llama (Touvron et al. 2023): 1, 2, 3, TinyLlama, SmolLM2, any of the family

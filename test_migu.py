@@ -740,7 +740,7 @@ def test_the_start_token_is_what_the_file_says(tmp_path):
     tokens = {"<|end|>": {"id": "<|end|>", "ids": [260], "tokens": ["<|end|>"]}}
     step = {"type": "TemplateProcessing", "single": [start, text], "special_tokens": tokens}
     tokenizer = bpe(tmp_path, post_processor=step)
-    assert data.source_row(tokenizer, " lower", decoder_only=True) == [260, 258, 259]
+    assert data.encode_prompt(tokenizer, " lower", decoder_only=True) == [260, 258, 259]
 
 
 @pytest.mark.parametrize("changes, fault", [

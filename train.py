@@ -213,9 +213,9 @@ def make_masker(model, c):
         raise UserError(f"--layers: {error}") from None
 
 
-def count_targets(rows):
+def count_targets(batch):
     """How many tokens a model must write."""
-    return sum(label != -100 for _, labels in rows for label in labels)
+    return sum(label != -100 for _, labels in batch for label in labels)
 
 
 def sum_over_processes(model, masker, loss):
@@ -235,7 +235,7 @@ def sum_over_processes(model, masker, loss):
 
 
 def train_step(model, optimizer, masker, batch, c, earlier):
-    """One update by rows of (input ids, labels). Returns loss, rows kept / rows, gradient norm.
+    """One update by a batch of (input ids, labels). Returns loss, rows kept / rows, norm.
 
     Each is (), on the device: reading it would wait for a GPU.
     """
@@ -265,10 +265,10 @@ def train_step(model, optimizer, masker, batch, c, earlier):
     return total, kept, norm
 
 
-def train_task(model, rows, c, masker, rng, name, epochs, earlier):
-    """Train on rows of (input ids, labels) with a fresh optimizer; a log entry for each step."""
+def train_task(model, encoded, c, masker, rng, name, epochs, earlier):
+    """Train on a task's (input ids, labels) with a fresh optimizer; a log entry for each step."""
     optimizer = make_optimizer(model, c)
-    steps = [batch for _ in range(epochs) for batch in data.batches(rows, c.batch_size, rng)]
+    steps = [batch for _ in range(epochs) for batch in data.batches(encoded, c.batch_size, rng)]
     log = []
     model.train()
     bar = tqdm(steps, desc=f"train {name}", unit="step", disable=RANK > 0)
@@ -324,18 +324,21 @@ def unrounded_weights(model, c):
     return weights
 
 
-def tell_cut(rows, what, longest=512):
-    count = sum(len(row) >= longest for row in rows)
+def tell_cut(prompts, what, longest=512):
+    count = sum(len(ids) >= longest for ids in prompts)
     if count:
-        print(f"{what}: {count} of {len(rows)} texts end at the limit of {longest} tokens a prompt")
+        print(
+            f"{what}: {count} of {len(prompts)} texts end at the limit of {longest} tokens a prompt"
+        )
 
 
 def train_stage(model, tokenizer, c, tasks, stage, earlier):
     """Train on a stage's examples. Returns its log, and O-LoRA's A of all tasks so far."""
     rng, name = seeded(c.seed, 0 if c.joint else stage), stage_name(c, tasks, stage)
     examples = stage_examples(c, tasks, stage)
-    rows = [data.training_row(tokenizer, e, model.decoder_only) for e in examples]
-    tell_cut([ids[: labels.count(-100) or None] for ids, labels in rows], f"training on {name}")
+    bar = tqdm(examples, desc=f"tokenize {name}", leave=False, disable=RANK > 0)
+    encoded = [data.encode_example(tokenizer, example, model.decoder_only) for example in bar]
+    tell_cut([ids[: labels.count(-100) or None] for ids, labels in encoded], f"training on {name}")
     if c.tune in ("inclora", "olora"):  # a new adapter, folded in once it is trained
         add_lora(model)
         shrink_frozen(model, c)
@@ -344,7 +347,7 @@ def train_stage(model, tokenizer, c, tasks, stage, earlier):
         masker.remove()  # it was made all the same: a wrong --layers is found at once
         masker = None
     epochs = c.epochs or data.EPOCHS.get((c.order, name), 1)
-    log = train_task(model, rows, c, masker, rng, name, epochs, earlier)
+    log = train_task(model, encoded, c, masker, rng, name, epochs, earlier)
     if masker:
         masker.remove()
     if c.tune == "olora":
@@ -374,11 +377,12 @@ def test_stage(model, tokenizer, c, tasks, stage, folder):
         return accuracies
     for j in range(stage + 1):
         name, examples = tasks[j].name, tasks[j].test
-        sources = [
-            data.source_row(tokenizer, example.prompt, model.decoder_only) for example in examples
+        prompts = [
+            data.encode_prompt(tokenizer, example.prompt, model.decoder_only)
+            for example in examples
         ]
-        tell_cut(sources, f"testing on {name}")
-        share = sources[RANK::PROCESSES]
+        tell_cut(prompts, f"testing on {name}")
+        share = prompts[RANK::PROCESSES]
         predictions = evaluation.evaluate(model, tokenizer, share, c.dtype, tokens, name)
         if PROCESSES > 1:
             predictions = join_shares(predictions)
@@ -486,11 +490,13 @@ def run(folder, c, tasks, tokenizer):
             print(evaluation.matrix_table(state.tasks, state.matrix), flush=True)
 
 
-def check_tokenizer(model, tokenizer, source):
-    tokens, rows = len(tokenizer), model.config.vocab_size
-    check(tokens <= rows, f"{source}: the tokenizer has {tokens} tokens, the model {rows}")
+def check_tokenizer(model, tokenizer, path):
+    tokens, embeddings = len(tokenizer), model.config.vocab_size
+    check(
+        tokens <= embeddings, f"{path}: the tokenizer has {tokens} tokens, the model {embeddings}"
+    )
     end = tokenizer.eos_id
-    check(end in model.eos, f"{source}: eos_token_id {model.eos} lacks the tokenizer's end, {end}")
+    check(end in model.eos, f"{path}: eos_token_id {model.eos} lacks the tokenizer's end, {end}")
 
 
 # ---- commands
@@ -510,13 +516,12 @@ def train(args):
         download.fetch_data(args.data)
     limits = (args.limit or [None]) * 2  # one number holds for both
     tasks = {name: data.load_task(args.data, name, limits) for name in names}
-    source = model_folder(args.model)
-    if not (source / "config.json").exists():
-        check(
-            not Path(args.model).exists(), f"{source} is no model's folder: it has no config.json"
-        )
+    path = model_folder(args.model)
+    if not (path / "config.json").exists():
+        fault = f"{path} is no model's folder: it has no config.json"
+        check(not Path(args.model).exists(), fault)
         download.fetch_model(args.model)
-    tokenizer = data.load_tokenizer(source)
+    tokenizer = data.load_tokenizer(path)
     for task in tasks.values():
         evaluation.check_task(task, tokenizer)
     if PROCESSES > 1:
@@ -612,8 +617,8 @@ def demo_measures(folder, known):
     """Average accuracy, backward transfer, and accuracy on the tasks known before."""
     model, tokenizer = load_model(folder / "model"), data.load_tokenizer(folder / "model")
     tests = [example for task in known for example in data.load_task("", task).test]
-    sources = [data.source_row(tokenizer, example.prompt, False) for example in tests]
-    skill = evaluation.accuracy(evaluation.evaluate(model, tokenizer, sources), tests)
+    prompts = [data.encode_prompt(tokenizer, example.prompt, False) for example in tests]
+    skill = evaluation.accuracy(evaluation.evaluate(model, tokenizer, prompts), tests)
     results = read_json(folder / "results.json")
     return results["average_accuracy"], results["backward_transfer"], skill
 
