@@ -74,7 +74,7 @@ def one_line_errors(command):
 
 def to_device(tensor, device):
     """Copies from pinned memory, so that nobody waits for a GPU."""
-    if tensor.is_cpu and device.type == "cuda":
+    if tensor.is_cpu and device.type != "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

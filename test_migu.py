@@ -976,6 +976,101 @@ def test_frozen_linear_weights_alone_take_the_type_of_the_arithmetic():
         assert p.dtype == (torch.bfloat16 if frozen else torch.float32), name
 
 
+# ---- a training step does not wait for its device
+
+WAYS = [*CRITERIA, "row_sparse", "lora", "checkpointing", "micro_batch"]
+STEPS = [*itertools.product(("T5", "Llama"), WAYS, ("float32", "bfloat16"))]
+BACKEND = torch.utils.backend_registration
+SEND = models.to_device
+PLANTED = [  # what stands in a function's place (keep_rows: in the backward pass), what is said
+    ("model.to_device", lambda x, to: x, "aten.embedding.default mixes devices"),
+    ("model.to_device", lambda x, to: x.to(to, non_blocking=True), "aten._to_copy.default waits"),
+    ("model.to_device", lambda x, to: x.pin_memory().to(to), "aten._to_copy.default waits"),
+    ("model.to_device", lambda x, to: SEND(x, to).max().item(), "aten._local_scalar_dense.default"),
+    ("migu.keep_rows", lambda n, _: n.cpu() > 0, "aten._to_copy.default waits"),
+    ("migu.keep_rows", lambda n, _: n[n > 0] > 0, "aten.nonzero.default"),
+    ("migu.keep_rows", lambda n, _: n[torch.arange(9)] > 0, "aten.index.Tensor mixes devices"),
+]
+CASES = [(step, "model.to_device", SEND, "") for step in STEPS]
+CASES += [(("T5", "row_sparse", "float32"), *fault) for fault in PLANTED]
+
+
+def step_on(device, kind, way, dtype):
+    """A step of a small model that is made on the device, to be called."""
+    c = options(lr=1e-3, l1=0.5, dtype=dtype, threshold=0.7, layers=migu.NOT_THE_HEAD)
+    c.mask, c.row_sparse = way if way in CRITERIA else "magnitude", way == "row_sparse"
+    c.micro_batch = 1 if way == "micro_batch" else 64
+    with torch.device(device):
+        model = small(getattr(models, kind), num_layers=1, dropout_rate=0.1).train()
+    if way == "lora":
+        add_lora(model)
+        train.shrink_frozen(model, c)
+    model.checkpointing = way == "checkpointing"
+    earlier = {n: x.lora_A.weight.detach().clone() for n, x in migu.lora_layers(model).items()}
+    optimizer, masker = train.make_optimizer(model, c), train.make_masker(model, c)
+    rows = [([3, 4, 5, 6], [-100, 7, -100, 8]), ([9, 10], [-100, 11])]
+    return partial(train.train_step, model, optimizer, masker, rows, c, earlier)
+
+
+def try_cases():
+    """Prints what is said of each, on a "gpu" of fake tensors: to ask for their numbers fails."""
+    aten, tree, fake = torch.ops.aten, torch.utils._pytree, torch._subclasses.FakeTensorMode()
+    pinned, said = [], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args, kwargs):
+            copies = op in (aten._to_copy.default, aten.copy_.default)
+            tensors = [x for x in tree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            on = {x.device.type for x in tensors if copies or x.dim() or not x.is_cpu}
+            on |= {kwargs["device"].type} if kwargs.get("device") else set()
+            fine = copies and (kwargs.get("non_blocking") or True in args[2:])
+            if len(on) > 1 and not (fine and any(x is tensors[-1] for x in pinned)):
+                raise RuntimeError(f"{op} {'waits' if copies else 'mixes devices'}")
+            if "gpu" not in on:
+                return op(*args, **kwargs)
+            args = tree.tree_map_only(lambda x: type(x) is torch.Tensor, fake.from_tensor, args)
+            with fake:
+                return op(*args, **kwargs)
+
+    BACKEND._DummyBackendModule.get_amp_supported_dtype = lambda self: [torch.bfloat16]
+    BACKEND._setup_privateuseone_for_python_backend("gpu")
+    torch.Tensor.pin_memory = lambda x: pinned.append(x.clone()) or pinned[-1]
+    torch.utils.swap_tensors = lambda one, two: setattr(one, "data", two.data)  # in Module.to()
+    other, rules = (torch.library.Library(n, "IMPL", "AutocastPrivateUse1") for n in ("_", "aten"))
+    other.fallback(torch.library.fallthrough_kernel)
+    plain = torch.autocast("gpu", enabled=False)
+    for op in (aten.linear.default, aten.matmul.default):
+        rules.impl(op, plain(lambda *args, op=op: op(*(x.bfloat16() for x in args))))
+    for step, where, what, _ in CASES:
+        with Watch(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, what)
+            try:
+                said.append([*step, step_on("gpu", *step)() and ""])
+            except Exception as error:
+                said.append([*step, str(error).partition("\n")[0]])
+    print(json.dumps(said), flush=True)
+    os._exit(0)  # at the usual end, autograd's thread for the device may abort
+
+
+@pytest.mark.skipif(not hasattr(BACKEND, "_DummyBackendModule"), reason="torch makes no device")
+def test_a_step_neither_mixes_devices_nor_waits_for_one_and_planted_faults_are_found():
+    command = [sys.executable, "-c", f"import {__name__} as tests; tests.try_cases()"]
+    no_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    said = json.loads(subprocess.check_output(command, cwd=HERE, env=no_gpu))
+    assert said == [[*step, expected] for step, *_, expected in CASES]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_step_does_not_wait_for_a_gpu(request):
+    request.addfinalizer(partial(torch.cuda.set_sync_debug_mode, "default"))
+    for case in STEPS:
+        torch.cuda.set_sync_debug_mode("default")
+        step = step_on("cuda", *case)
+        step()  # the first waits for libraries
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+
+
 # ---- settings
 
 SPARSE = ["--mask migu", "--micro-batch 99", "--layers q$"]
