@@ -298,7 +298,9 @@ def common_rows(one, other, threshold=0.7):
 
 def overlap(folder, names, root, file=None):
     """A table: rows kept on a batch of a task, and on another batch of that or another task."""
-    tasks = [data.load_task(root, name, (128, 1)) for name in names]
+    tasks = [data.load_task(root, data.resolve(name), (128, 1)) for name in names]
+    for task in tasks:
+        check(len(task.train) > 1, f"task {task.name}: two batches need two records")
     tokenizer = data.load_tokenizer(folder)
     model = load_model(folder)
     ones, others = [], []

@@ -509,6 +509,18 @@ def test_generation_equals_that_of_transformers_with_padding_on_either_side(pair
     assert len(lengths) > 3 or ours.eos != ENDS  # rows end at their own time and stay padded
 
 
+def test_bf16_attention_on_a_cpu_is_that_of_torch():
+    torch.manual_seed(4)
+    q, k, v = torch.randn(3, 2, 4, 9, 8).bfloat16().requires_grad_()
+    bias = models.attention_bias(torch.ones(9, 9, dtype=torch.bool).tril(), v)
+    both = [
+        f(q, k, v, bias, 0.0, scale=0.3)
+        for f in (models.attend, models.F.scaled_dot_product_attention)
+    ]
+    torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
+    assert both[0][:, :, 0].equal(v[:, :, 0])  # the first sees itself alone
+
+
 # ---- safetensors and folders
 
 
@@ -1402,10 +1414,52 @@ def test_unfinished_and_repeated_runs_are_named_and_not_counted(tmp_path):
 
 def test_eval_py_passes_other_folders_over_and_draws(lab, finished):
     pytest.importorskip("matplotlib")
-    evaluation.main([str(lab.place), str(finished), "--plot", str(lab.place / "runs.png")])
+    task = str(lab.world / "tasks" / "one")
+    overlap = ["--overlap", str(lab.world / "t5"), "--tasks", task, task]
+    for words in ([str(lab.place), str(finished)], overlap):
+        evaluation.main([*words, "--plot", str(lab.place / "runs.png")])
+        assert (lab.place / "runs.png").read_bytes().startswith(b"\x89PNG")
+        (lab.place / "runs.png").unlink()
     assert "llama full migu" in lab.capsys.readouterr().out
-    assert (lab.place / "runs.png").read_bytes().startswith(b"\x89PNG")
     assert "eval.py: no results in these" in lab.refusal([lab.place], evaluation.main)
+
+
+def test_rows_in_common_are_the_hand_computed_ones():
+    one = {"a": torch.tensor([4.0, 3, 2, 1]), "b": torch.tensor([1.0, 2, 3, 4])}
+    other = {"a": torch.tensor([4.0, 1, 2, 3]), "b": torch.tensor([1.0, 2, 4, 3])}
+    assert evaluation.common_rows(one, other, 0.5) == 0.75  # rows 0, 1 and 0, 3; 2, 3 and 2, 3
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_overlap_is_a_table_over_tasks_and_leaves_the_model_as_it_was(kind, lab):
+    names = [str(lab.world / "tasks" / name) for name in ("one", "two")]
+    evaluation.main(["--overlap", str(lab.world / kind), "--tasks", *names])
+    header, *lines = [line.split() for line in lab.capsys.readouterr().out.splitlines()]
+    assert header[-2:] == [line[0] for line in lines] == ["one", "two"]
+    shares = np.array([line[1:] for line in lines], float)
+    assert (shares > 0.3).all() and shares.trace() > shares[::-1].trace()
+
+    model, tokenizer = load_model(lab.world / kind), data.load_tokenizer(lab.world / kind)
+    examples = data.load_task("", names[0]).train
+    found = evaluation.magnitudes(model, tokenizer, examples)
+    masker, before = MIGU(model.train()), set(vars(model))
+    torch.manual_seed(0)
+    for part in (examples[:16], examples[16:]):  # 16 at once are in memory
+        encoded = [data.encode_example(tokenizer, e, kind == "llama") for e in part]
+        model.loss(**data.collate(*zip(*encoded))).backward()
+    assert_close(found, masker.magnitude, 0)
+    assert set(vars(model)) == before and all(p.grad is not None for p in model.parameters())
+
+
+def test_overlap_wants_a_model_and_tasks(lab):
+    assert "goes with --tasks" in lab.refusal(["--overlap", lab.world / "t5"], evaluation.main)
+    one = write_task(lab.place / "single")  # has one record
+    for model, fault in (
+        (lab.world / "t5", "single: two batches need"),
+        ("no", "no holds neither"),
+    ):
+        task = one if fault[0] == "s" else lab.world / "tasks" / "one"
+        assert fault in lab.refusal(["--overlap", model, "--tasks", task], evaluation.main)
 
 
 def test_a_table_is_printed_where_only_ascii_can_be(tmp_path):
