@@ -111,10 +111,7 @@ def load_split(path, labels, limit):
         where = f"{path}: record {number}"
         check(isinstance(record, dict), f"{where} is not an object")
         for key in ("sentence", "label"):
-            check(
-                is_text(record.get(key)),
-                f'{where} needs a text "{key}" (half a surrogate pair is none)',
-            )
+            check(is_text(record.get(key)), f'{where} needs a text "{key}", no half surrogate')
         label = record["label"]
         check(label in known, f"{where}: label {label!r} is not in labels.json")
         examples.append(Example(prompt(group, name, labels, record["sentence"]), label))
@@ -128,6 +125,8 @@ def load_task(root, name, limits=(None, None)):
     """
     folder = task_folder(root, name)
     check(is_text(str(folder)), f"{str(folder)!r} is no text in this locale: set PYTHONUTF8=1")
+    way_out = "give a task's folder, or fetch the benchmark: python download.py data"
+    check((folder / "labels.json").exists(), f"{folder} has no labels.json: {way_out}")
     labels = load_labels(folder / "labels.json")
     train = load_split(folder / "train.json", labels, limits[0])
     test = load_split(folder / "test.json", labels, limits[1])
@@ -241,16 +240,10 @@ def start_ids(post_processor):
     for step in post_processor.get("processors", [post_processor]):
         known = step["type"] in ("ByteLevel", "TemplateProcessing")
         check(known, f"post_processor {step['type']} is not supported")
-        for piece in itertools.takewhile(
-            lambda piece: "Sequence" not in piece, step.get("single", [])
-        ):
+        pieces = step.get("single", [])
+        for piece in itertools.takewhile(lambda piece: "Sequence" not in piece, pieces):
             ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
     return ids
-
-
-def refuse_options(settings):
-    for option in NOT_SUPPORTED:
-        check(not settings.get(option), f"{option} {settings.get(option)!r} is not supported")
 
 
 class ByteLevelBPE:
@@ -271,7 +264,9 @@ class ByteLevelBPE:
         """vocab: token -> id; ranks: pair of tokens -> its place among the merges as learned."""
         model = parts["model"]
         for settings in (parts, model, *parts["added_tokens"]):
-            refuse_options(settings)
+            for option in NOT_SUPPORTED:
+                given = settings.get(option)
+                check(not given, f"{option} {given!r} is not supported")
         kinds = model.get("type", "BPE"), parts["decoder"]["type"]
         check(kinds == ("BPE", "ByteLevel"), f"a {kinds} model and decoder is not supported")
         self.word_pattern = word_pattern(parts["pre_tokenizer"])

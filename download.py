@@ -132,7 +132,7 @@ def receive(url, target):
         time.sleep(min(wait, LONGEST_WAIT))
 
 
-def read_json(url, kind=dict):
+def ask_json(url, kind=dict):
     """The JSON object (or list) at an address, and the answer's headers."""
     content = io.BytesIO()
     headers = receive(url, content)
@@ -143,7 +143,7 @@ def read_listing(url, place):
     """path -> File, from all pages of the hub's or GitHub's listing; place: where the files lie."""
     files = {}
     while url:
-        page, headers = read_json(url, (dict, list))
+        page, headers = ask_json(url, (dict, list))
         try:
             for entry in page["tree"] if isinstance(page, dict) else page:
                 if entry["type"] in ("blob", "file"):
@@ -212,7 +212,7 @@ def choose_weights(repo, files):
     if WEIGHTS in files:
         return [WEIGHTS]
     check(INDEX in files, f"{repo}: no safetensors of a whole model (adapters are never opened)")
-    index, _ = read_json(files[INDEX].url)
+    index, _ = ask_json(files[INDEX].url)
     shards = shard_names(f"{repo}: {INDEX}", index)
     gone = set(shards) - files.keys()
     check(not gone, f"{repo}: {INDEX} names {gone}, which it has not")
@@ -222,7 +222,7 @@ def choose_weights(repo, files):
 def check_supported(repo, files, folder):
     """Refuse a model that could not be loaded, before its weights come."""
     check("config.json" in files, f"{repo} has no config.json: choose another repository")
-    config, _ = read_json(files["config.json"].url)
+    config, _ = ask_json(files["config.json"].url)
     kind = str(config.get("model_type"))
     check(kind in SENTENCEPIECE, f"{repo}: model_type {kind} is not supported: only t5 and llama")
     check("quantization_config" not in config, f"{repo} is quantized: choose its full weights")
@@ -233,7 +233,7 @@ def check_supported(repo, files, folder):
     way_out = f"copy {vocabulary} from the model it was tuned from to {folder}, and run again"
     other = kind == "llama" and files.get("tokenizer.json")
     check(other, f"{repo} has no {vocabulary}: {way_out}")
-    decoder = read_json(other.url)[0].get("decoder")
+    decoder = ask_json(other.url)[0].get("decoder")
     check("ByteLevel" in str(decoder), f"{repo}: tokenizer.json is not a byte-level BPE: {way_out}")
 
 

@@ -164,15 +164,12 @@ def matrix_table(tasks, matrix):
 
 def read_runs(folders):
     """Finished runs, each its config, results and what is derived here; notes on the others."""
-    folders = [Path(folder) for folder in folders if Path(folder, "results.json").exists()]
-    folders = [folder for folder in folders if (folder / "config.json").exists()]
+    needed = ("config.json", "results.json")
+    folders = [f for f in map(Path, folders) if all((f / name).exists() for name in needed)]
     check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
     runs, notes = {}, []
     for folder in folders:
         config = read_json(folder / "config.json")
-        if "mask" not in config:
-            notes.append(f"not counted, as another version wrote it: {folder}")
-            continue
         run = {**config, **read_json(folder / "results.json")}
         run["column"] = f"order {run['order']}" if run["order"] else " ".join(run["tasks"])
         run["settings"] = leave_out(config, NOT_SETTINGS)
@@ -230,10 +227,8 @@ def row_cells(row, unmasked, columns, measure):
         cells.append(cell(values, f" ({len(here)} seeds)"))
         means.append(mean(values))
         gains.append(mean(values - plain))
-    gain = mean(gains)
-    if row[0]["mask"] == "none" or np.isnan(gain):
-        return [*cells, cell([mean(means)]), ""]
-    return [*cells, cell([mean(means)]), f"{gain:+.1f}"]
+    known = row[0]["mask"] != "none" and not np.isnan(mean(gains))
+    return [*cells, cell([mean(means)]), f"{mean(gains):+.1f}" if known else ""]
 
 
 def new_figure(width, height):
@@ -296,8 +291,12 @@ def common_rows(one, other, threshold=0.7):
     return float(torch.stack(shares).mean())
 
 
-def overlap(folder, names, root, file=None):
-    """A table: rows kept on a batch of a task, and on another batch of that or another task."""
+def overlap(folder, names, root):
+    """Rows in common between a batch of a task (line) and another of each task (column).
+
+    Returns the tasks' titles, the shares (tasks, tasks), and the first batches' magnitudes.
+    """
+    check(Path(folder, "config.json").exists(), f"{folder} is no model's folder: no config.json")
     tasks = [data.load_task(root, data.resolve(name), (128, 1)) for name in names]
     for task in tasks:
         check(len(task.train) > 1, f"task {task.name}: two batches need two records")
@@ -308,12 +307,13 @@ def overlap(folder, names, root, file=None):
         ones.append(magnitudes(model, tokenizer, task.train[0::2]))
         others.append(magnitudes(model, tokenizer, task.train[1::2]))
     shares = np.array([[common_rows(one, other) for other in others] for one in ones])
-    titles = [task.name for task in tasks]
+    return [task.name for task in tasks], shares, ones
+
+
+def overlap_table(titles, shares):
     rows = [["rows in common (chance: 0.30)", *titles]]
     for title, line in zip(titles, shares):
         rows.append([title, *(f"{share:.2f}" for share in line)])
-    if file:
-        plot_overlap(titles, shares, ones, file)
     return table(rows)
 
 
@@ -322,9 +322,9 @@ def plot_overlap(titles, shares, ones, file):
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     image = left.imshow(shares, vmin=0.3, vmax=1)
-    left.set(title="rows kept in common", xticks=range(len(titles)), yticks=range(len(titles)))
-    left.set_xticklabels(titles, rotation=45)
-    left.set_yticklabels(titles)
+    left.set_title("rows kept in common")
+    left.set_xticks(range(len(titles)), titles, rotation=45)
+    left.set_yticks(range(len(titles)), titles)
     figure.colorbar(image)
     name = list(ones[0])[len(ones[0]) // 2]
     order = ones[0][name].argsort(descending=True)
@@ -349,11 +349,15 @@ def main(argv=None):
         args = parser.parse_args(argv)
         picture = args.plot or "plot.png"
         check(picture.endswith((".png", ".pdf", ".svg")), f"--plot {picture}: no .png, .pdf, .svg")
+        fine = bool(args.overlap) == bool(args.tasks) != bool(args.runs)
+        check(fine, "give run folders, or --overlap MODEL with --tasks")
         if args.overlap:
-            check(args.tasks and not args.runs, "--overlap MODEL goes with --tasks, without runs")
-            print(overlap(args.overlap, args.tasks, args.data, args.plot))
+            titles, shares, ones = overlap(args.overlap, args.tasks, args.data)
+            print(overlap_table(titles, shares), flush=True)
+            if args.plot:
+                plot_overlap(titles, shares, ones, args.plot)
             return
-        print(compare(args.runs))
+        print(compare(args.runs), flush=True)
         if args.plot:
             plot(args.runs, args.plot)
 

@@ -85,9 +85,7 @@ def layers_to_mask(model, pattern):
                 chosen[name] = layer
     if not chosen:
         some = ", ".join(trained[:3])
-        raise ValueError(
-            f"{pattern!r} is found in none of the trained linear layers, such as {some}"
-        )
+        raise ValueError(f"{pattern!r} is found in none of the trained linear layers: {some}, ...")
     return chosen
 
 
@@ -286,8 +284,5 @@ def plain_weights(model):
 
 def orthogonality_penalty(model, earlier):
     """O-LoRA's sum of |A_old A_new^T|; earlier: name of a layer -> A_old (earlier ranks, d_in)."""
-    penalty = 0.0
-    for name, A_old in earlier.items():
-        A_new = model.get_submodule(name).lora_A.weight
-        penalty = penalty + (A_old @ A_new.T).abs().sum()
-    return penalty
+    A_new = {name: layer.lora_A.weight for name, layer in lora_layers(model).items()}
+    return sum((A_old @ A_new[name].T).abs().sum() for name, A_old in earlier.items())

@@ -511,13 +511,13 @@ def test_generation_equals_that_of_transformers_with_padding_on_either_side(pair
 
 def test_bf16_attention_on_a_cpu_is_that_of_torch():
     torch.manual_seed(4)
-    q, k, v = torch.randn(3, 2, 4, 9, 8).bfloat16().requires_grad_()
+    q, k, v = (2 * torch.randn(3, 2, 4, 9, 8)).bfloat16().requires_grad_()
     bias = models.attention_bias(torch.ones(9, 9, dtype=torch.bool).tril(), v)
     both = [
         f(q, k, v, bias, 0.0, scale=0.3)
         for f in (models.attend, models.F.scaled_dot_product_attention)
     ]
-    torch.testing.assert_close(*both, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(*both, rtol=0.05, atol=0.05)  # scores are rounded
     assert both[0][:, :, 0].equal(v[:, :, 0])  # the first sees itself alone
 
 
@@ -965,6 +965,13 @@ def test_weight_decay_reaches_neither_norms_nor_biases_nor_position_tables(kind,
         torch.testing.assert_close(p.data, torch.full_like(p, expected), rtol=0, atol=1e-7)
 
 
+def test_a_mask_that_keeps_all_rows_is_plain_tuning_with_dropout_too(lab):
+    one, two = (
+        left(lab.run(f"--mask {m} --mask-first", m[:4])) for m in ("none", "weight --threshold 0")
+    )
+    assert one["model/model.safetensors"] == two["model/model.safetensors"]
+
+
 def test_micro_batches_change_neither_gradient_nor_mask():
     rows = [([5 + i] * (3 + i), [9 + i] * (1 + i % 4)) for i in range(12)]
     steps, gradients = [], []
@@ -1309,13 +1316,13 @@ import train
 train.add_lora = functools.partial(train.add_lora, dropout=0.0)
 train.dist.init_process_group("gloo")
 train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **others: None
-save = train.save_stage
-def checking_save(model, folder, c, finished, earlier):
-    weights = [None, None]
-    train.dist.all_gather_object(weights, [p.sum().item() for p in model.parameters()])
-    assert weights[0] == weights[1]
-    save(model, folder, c, finished, earlier) if finished == 1 or not dies else sys.exit("dies")
-train.save_stage = checking_save
+train_stage, seen = train.train_stage, [None, None]
+def checking_stage(model, tokenizer, c, tasks, stage, earlier):
+    trained = train_stage(model, tokenizer, c, tasks, stage, earlier)
+    train.dist.all_gather_object(seen, [p.sum().item() for p in model.parameters()])
+    assert seen[0] == seen[1]
+    return sys.exit("dies") if dies and stage else trained
+train.train_stage = checking_stage
 for words in json.loads(sys.argv[2]):
     dies = words[-1].endswith("cut")
     try:
@@ -1331,6 +1338,7 @@ SPLITS = {  # of 9 records the last batch holds one: then the second process has
     "weight": "9 --mask weight --layers wi",
     "none": "9 --mask none",
     "lora": "9 --tune lora",
+    "inclora": "9 --tune inclora --mask random",
     "olora": "12 --tune olora --replay 0.5 --threshold 0.5",
 }
 
@@ -1452,11 +1460,12 @@ def test_overlap_is_a_table_over_tasks_and_leaves_the_model_as_it_was(kind, lab)
 
 
 def test_overlap_wants_a_model_and_tasks(lab):
-    assert "goes with --tasks" in lab.refusal(["--overlap", lab.world / "t5"], evaluation.main)
+    for words in ([], ["--overlap", lab.world / "t5"], ["runs", "--tasks", "one"]):
+        assert "--overlap MODEL with --tasks" in lab.refusal(words, evaluation.main)
     one = write_task(lab.place / "single")  # has one record
     for model, fault in (
         (lab.world / "t5", "single: two batches need"),
-        ("no", "no holds neither"),
+        ("no", "no is no model's folder"),
     ):
         task = one if fault[0] == "s" else lab.world / "tasks" / "one"
         assert fault in lab.refusal(["--overlap", model, "--tasks", task], evaluation.main)

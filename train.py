@@ -38,8 +38,8 @@ import download
 import eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD, RowSparseMIGU, add_lora, lora_layers, merge_lora
 from migu import orthogonality_penalty, plain_weights
-from model import RANK, T5, Parser, UserError, check, load_model, lock, one_line_errors
-from model import open_safetensors, read_json, read_safetensors, save_model
+from model import PROCESSES, RANK, T5, Parser, UserError, check, load_model, lock
+from model import one_line_errors, open_safetensors, read_json, read_safetensors, save_model
 from model import write_safetensors, write_text
 
 # The paper's settings, by --tune.
@@ -55,7 +55,6 @@ RANGES = (  # of options: what a value must do, a test of it, and which options 
     ("be from 0 to 1", lambda x: 0 <= x <= 1, "threshold replay"),
     ("not be below 0", lambda x: 0 <= x < math.inf, "clip l1 seed"),
 )
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts several
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TUNINGS = "all weights; one adapter; an adapter a task; these orthogonal (default full)"
 
@@ -120,9 +119,8 @@ def check_args(args):
     check(args.device in known, f"--device {args.device} is none of {known}: use --device cpu")
     if PROCESSES > 1:
         check(args.device in ("cpu", "cuda") and not args.demo, "torchrun: no --demo, no cuda:N")
-        local, count = int(os.environ["LOCAL_RANK"]), len(gpus)
-        few = f"torchrun: there are {count} GPUs: lower --nproc-per-node, or add --device cpu"
-        check(args.device == "cpu" or local < count, few)
+        few = f"torchrun: there are {len(gpus)} GPUs: lower --nproc-per-node, or add --device cpu"
+        check(args.device == "cpu" or int(os.environ["LOCAL_WORLD_SIZE"]) <= len(gpus), few)
 
 
 def model_folder(name):
@@ -220,18 +218,16 @@ def count_targets(batch):
 
 def sum_over_processes(model, masker, loss):
     """Each process has seen a share of the batch: now all have the whole batch's sums."""
-    sums = [loss]
+    dist.all_reduce(loss)
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:  # this share is empty
                 parameter.grad = torch.zeros_like(parameter)
-            sums.append(parameter.grad)
+            dist.all_reduce(parameter.grad)
     if masker:
         for name, layer in masker.layers.items():
             zeros = torch.zeros(layer.out_features, device=loss.device)
-            sums.append(masker.magnitude.setdefault(name, zeros))
-    for tensor in sums:
-        dist.all_reduce(tensor)
+            dist.all_reduce(masker.magnitude.setdefault(name, zeros))
 
 
 def train_step(model, optimizer, masker, batch, c, earlier):
@@ -239,6 +235,8 @@ def train_step(model, optimizer, masker, batch, c, earlier):
 
     Each is (), on the device: reading it would wait for a GPU.
     """
+    seed = torch.initial_seed()
+    torch.manual_seed(seed + 1_000_000 * RANK)  # each process has dropout of its own
     total = torch.zeros((), device=model.device)
     share = batch[RANK::PROCESSES]
     for start in range(0, len(share), c.micro_batch):
@@ -254,10 +252,9 @@ def train_step(model, optimizer, masker, batch, c, earlier):
         sum_over_processes(model, masker, total)
     if earlier:
         (c.l1 * orthogonality_penalty(model, earlier)).backward()
+    torch.manual_seed(seed + 1)  # and all draw the same random rows
     kept = 1.0
     if masker:
-        # Random rows are the same in all processes, whatever their dropout drew.
-        torch.manual_seed(torch.initial_seed() + 1)
         kept = masker.mask_gradients()  # MIGU: the rows of small magnitude get no gradient
     norm = nn.utils.clip_grad_norm_(model.parameters(), c.clip or math.inf)
     optimizer.step()
@@ -324,12 +321,10 @@ def unrounded_weights(model, c):
     return weights
 
 
-def tell_cut(prompts, what, longest=512):
-    count = sum(len(ids) >= longest for ids in prompts)
+def tell_cut(prompts, what):
+    count = sum(len(ids) >= 512 for ids in prompts)
     if count:
-        print(
-            f"{what}: {count} of {len(prompts)} texts end at the limit of {longest} tokens a prompt"
-        )
+        print(f"{what}: {count} of {len(prompts)} texts end at the limit of 512 tokens a prompt")
 
 
 def train_stage(model, tokenizer, c, tasks, stage, earlier):
@@ -362,10 +357,8 @@ def join_shares(predictions):
     """All predictions in order, of which each process has made every PROCESSES-th."""
     shares = [None] * PROCESSES
     dist.all_gather_object(shares, predictions)
-    joined = [None] * sum(map(len, shares))
-    for rank, share in enumerate(shares):
-        joined[rank::PROCESSES] = share
-    return joined
+    turns = itertools.zip_longest(*shares)
+    return [prediction for turn in turns for prediction in turn if prediction is not None]
 
 
 def test_stage(model, tokenizer, c, tasks, stage, folder):
@@ -377,10 +370,7 @@ def test_stage(model, tokenizer, c, tasks, stage, folder):
         return accuracies
     for j in range(stage + 1):
         name, examples = tasks[j].name, tasks[j].test
-        prompts = [
-            data.encode_prompt(tokenizer, example.prompt, model.decoder_only)
-            for example in examples
-        ]
+        prompts = [data.encode_prompt(tokenizer, e.prompt, model.decoder_only) for e in examples]
         tell_cut(prompts, f"testing on {name}")
         share = prompts[RANK::PROCESSES]
         predictions = evaluation.evaluate(model, tokenizer, share, c.dtype, tokens, name)
@@ -391,7 +381,8 @@ def test_stage(model, tokenizer, c, tasks, stage, folder):
         for example, prediction in zip(examples, predictions):
             lines.append(json.dumps({**example._asdict(), "prediction": prediction}) + "\n")
         place = folder / "predictions" / f"{stage + 1}-{tasks[stage].name}" / f"{name}.jsonl"
-        write_text(place, "".join(lines))
+        if RANK == 0:
+            write_text(place, "".join(lines))
     return accuracies
 
 
@@ -473,6 +464,8 @@ def run(folder, c, tasks, tokenizer):
     check_tokenizer(model, tokenizer, c.model)
     first = len(tasks) - 1 if c.joint else state.finished  # the last task's stage has all
     for stage in range(first, len(tasks)):
+        if "cuda" in c.device:
+            torch.cuda.reset_peak_memory_stats(c.device)
         started = time.perf_counter()
         log, earlier = train_stage(model, tokenizer, c, tasks, stage, earlier)
         trained = time.perf_counter()
@@ -483,8 +476,9 @@ def run(folder, c, tasks, tokenizer):
         if "cuda" in c.device:
             report["gpu_memory_gb"] = torch.cuda.max_memory_allocated(c.device) / 1e9
         state.stages.append(report)
-        write_results(folder, c, state)
-        save_stage(model, folder, c, stage + 1, earlier)
+        if RANK == 0:
+            write_results(folder, c, state)
+            save_stage(model, folder, c, stage + 1, earlier)
         print(", ".join(f"{key} {x if key == 'task' else f'{x:.1f}'}" for key, x in report.items()))
         if not np.isnan(state.matrix[stage]).all():
             print(evaluation.matrix_table(state.tasks, state.matrix), flush=True)
@@ -492,9 +486,7 @@ def run(folder, c, tasks, tokenizer):
 
 def check_tokenizer(model, tokenizer, path):
     tokens, embeddings = len(tokenizer), model.config.vocab_size
-    check(
-        tokens <= embeddings, f"{path}: the tokenizer has {tokens} tokens, the model {embeddings}"
-    )
+    check(tokens <= embeddings, f"{path}: its tokenizer has {tokens} tokens, it has {embeddings}")
     end = tokenizer.eos_id
     check(end in model.eos, f"{path}: eos_token_id {model.eos} lacks the tokenizer's end, {end}")
 
