@@ -164,13 +164,16 @@ def matrix_table(tasks, matrix):
 
 def read_runs(folders):
     """Finished runs, each its config, results and what is derived here; notes on the others."""
-    needed = ("config.json", "results.json")
-    folders = [f for f in map(Path, folders) if all((f / name).exists() for name in needed)]
+    for name in ("config.json", "results.json"):
+        folders = [folder for folder in folders if Path(folder, name).exists()]
     check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
     runs, notes = {}, []
     for folder in folders:
-        config = read_json(folder / "config.json")
-        run = {**config, **read_json(folder / "results.json")}
+        config = read_json(Path(folder, "config.json"))
+        if "mask" not in config:
+            notes.append(f"not counted, as it is no run of this project: {folder}")
+            continue
+        run = {**config, **read_json(Path(folder, "results.json"))}
         run["column"] = f"order {run['order']}" if run["order"] else " ".join(run["tasks"])
         run["settings"] = leave_out(config, NOT_SETTINGS)
         but_mask = leave_out(run["settings"], MASK_SETTINGS)

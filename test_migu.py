@@ -1414,7 +1414,11 @@ def test_rows_of_one_name_say_in_what_they_differ(tmp_path):
 
 def test_unfinished_and_repeated_runs_are_named_and_not_counted(tmp_path):
     runs = [("a", 60, 1), ("b", 80, 2), ("c", None, 3), ("d", 99, 1)]
-    text = evaluation.compare([write_run(tmp_path / name, x, seed=s) for name, x, s in runs])
+    folders = [write_run(tmp_path / name, x, seed=s) for name, x, s in runs]
+    models.write_text(tmp_path / "e" / "config.json", "{}")
+    models.write_text(tmp_path / "e" / "results.json", "{}")
+    text = evaluation.compare([*folders, tmp_path / "e"])
+    assert f"not counted, as it is no run of this project: {tmp_path / 'e'}" in text
     assert "70.0 ± 14.1 (2 seeds)" in text
     assert f"not counted, as it is not finished: {tmp_path / 'c'}" in text
     assert f"not counted, as it repeats another: {tmp_path / 'd'}" in text
