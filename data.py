@@ -23,6 +23,8 @@ Example = namedtuple("Example", "prompt answer")
 Task = namedtuple("Task", "name train test labels")  # train, test: lists of Example
 
 PARTS = ("train", "test", "labels")  # a task's files, .json
+LONGEST_PROMPT = 512  # tokens, as in the paper
+LONGEST_ANSWER = 50  # its end included
 
 # ---- the benchmark's tasks
 
@@ -356,10 +358,10 @@ def load_tokenizer(path):
 # ---- examples as ids, and batches of them
 
 
-def encode_prompt(tokenizer, text, decoder_only, longest=512):
+def encode_prompt(tokenizer, text, decoder_only):
     """What a model reads: T5 prompt + end, Llama start + prompt; too much is cut from the text."""
     ids = tokenizer.encode(text)
-    room = longest - (len(tokenizer.start) if decoder_only else 1)
+    room = LONGEST_PROMPT - (len(tokenizer.start) if decoder_only else 1)
     if len(ids) > room:
         tail = len(tokenizer.encode(END_OF_PROMPT))
         ids = ids[: room - tail] + ids[-tail:]
@@ -368,10 +370,10 @@ def encode_prompt(tokenizer, text, decoder_only, longest=512):
     return ids + [tokenizer.eos_id]
 
 
-def encode_example(tokenizer, example, decoder_only, longest=50):
+def encode_example(tokenizer, example, decoder_only):
     """(input ids, labels): what the model reads and what it must write, the answer and its end."""
     prompt = encode_prompt(tokenizer, example.prompt, decoder_only)
-    answer = tokenizer.encode(example.answer)[: longest - 1] + [tokenizer.eos_id]
+    answer = tokenizer.encode(example.answer)[: LONGEST_ANSWER - 1] + [tokenizer.eos_id]
     if decoder_only:
         return prompt + answer, [-100] * len(prompt) + answer
     return prompt, answer

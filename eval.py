@@ -44,11 +44,12 @@ def is_correct(prediction, answer):
     return normalize(prediction) == normalize(answer) != ""
 
 
-def check_task(task, tokenizer, longest=50):
+def check_task(task, tokenizer):
     """UserError unless each label can be written, read back and told from the others.
 
     And unless the options leave room to the text, and all of it is known to the tokenizer.
     """
+    longest = data.LONGEST_ANSWER
     options = len(tokenizer.encode(", ".join(task.labels)))
     check(options < 400, f"task {task.name}: its labels take {options} of a prompt's 512 tokens")
     for example in task.train + task.test:
@@ -85,7 +86,7 @@ def evaluate(model, tokenizer, prompts, dtype="float32", tokens=16384, name=""):
     for batch in tqdm(batches, desc=f"test {name}", leave=False, disable=RANK > 0):
         inputs = data.collate([prompts[i] for i in batch])
         with autocast(model, dtype):
-            new = model.generate(**inputs, max_new_tokens=50)
+            new = model.generate(**inputs, max_new_tokens=data.LONGEST_ANSWER)
         for i, ids in zip(batch, new.tolist()):
             answer = takewhile(lambda token: token not in model.eos, ids)
             predictions[i] = tokenizer.decode(list(answer))
@@ -234,7 +235,7 @@ def row_cells(row, unmasked, columns, measure):
     return [*cells, cell([mean(means)]), f"{mean(gains):+.1f}" if known else ""]
 
 
-def new_figure(width, height):
+def new_plot(width, height):
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -250,7 +251,7 @@ def plot(folders, file):
     names = sorted({run["name"] for run in runs})
     columns = sorted(tasks)
     most = max(map(len, tasks.values()))
-    figure = new_figure(2.4 * most, 2.6 * len(tasks) + 0.6)
+    figure = new_plot(2.4 * most, 2.6 * len(tasks) + 0.6)
     panels = figure.subplots(len(tasks), most, sharex=True, sharey=True, squeeze=False)
     for column, name in sorted({(run["column"], run["name"]) for run in runs}):
         here = [run["matrix"] for run in runs if (run["column"], run["name"]) == (column, name)]
@@ -322,7 +323,7 @@ def overlap_table(titles, shares):
 
 def plot_overlap(titles, shares, ones, file):
     """The table as a heat map; one layer's magnitudes on two tasks, in the order of the first's."""
-    figure = new_figure(10, 4)
+    figure = new_plot(10, 4)
     left, right = figure.subplots(1, 2)
     image = left.imshow(shares, vmin=0.3, vmax=1)
     left.set_title("rows kept in common")

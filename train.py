@@ -238,6 +238,7 @@ def train_step(model, optimizer, masker, batch, c, earlier):
     seed = torch.initial_seed()
     torch.manual_seed(seed + 1_000_000 * RANK)  # each process has dropout of its own
     total = torch.zeros((), device=model.device)
+    targets = count_targets(batch)
     share = batch[RANK::PROCESSES]
     for start in range(0, len(share), c.micro_batch):
         part = share[start : start + c.micro_batch]
@@ -245,7 +246,7 @@ def train_step(model, optimizer, masker, batch, c, earlier):
         with evaluation.autocast(model, c.dtype):
             loss = model.loss(**data.collate(inputs, labels))
         # The mean over the targets of the whole batch, however it is cut.
-        loss = loss * (count_targets(part) / count_targets(batch))
+        loss = loss * (count_targets(part) / targets)
         loss.backward()
         total += loss.detach()
     if PROCESSES > 1:
@@ -322,9 +323,12 @@ def unrounded_weights(model, c):
 
 
 def tell_cut(prompts, what):
-    count = sum(len(ids) >= 512 for ids in prompts)
+    longest = data.LONGEST_PROMPT
+    count = sum(len(ids) >= longest for ids in prompts)
     if count:
-        print(f"{what}: {count} of {len(prompts)} texts end at the limit of 512 tokens a prompt")
+        print(
+            f"{what}: {count} of {len(prompts)} texts end at the limit of {longest} tokens a prompt"
+        )
 
 
 def train_stage(model, tokenizer, c, tasks, stage, earlier):
@@ -486,7 +490,7 @@ def run(folder, c, tasks, tokenizer):
 
 def check_tokenizer(model, tokenizer, path):
     tokens, embeddings = len(tokenizer), model.config.vocab_size
-    check(tokens <= embeddings, f"{path}: its tokenizer has {tokens} tokens, it has {embeddings}")
+    check(tokens <= embeddings, f"{path}: tokens: tokenizer {tokens}, model {embeddings}")
     end = tokenizer.eos_id
     check(end in model.eos, f"{path}: eos_token_id {model.eos} lacks the tokenizer's end, {end}")
 
