@@ -22,7 +22,6 @@ from fractions import Fraction
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 NOT_THE_HEAD = r"^(?!lm_head$)"
@@ -76,17 +75,16 @@ CRITERIA = {
 
 def layers_to_mask(model, pattern):
     """name -> trained linear layer; the pattern is searched for in the names."""
-    trained, chosen = [], {}
+    trained = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
-            trained.append(name)
-            # An adapter goes by the name of the layer that it adapts.
-            if re.search(pattern, re.sub(r"\.lora_[AB]$", "", name)):
-                chosen[name] = layer
-    if not chosen:
-        some = ", ".join(trained[:3])
+            trained[name] = layer
+    # An adapter goes by the name of the layer that it adapts.
+    found = {n: x for n, x in trained.items() if re.search(pattern, n.partition(".lora_")[0])}
+    if not found:
+        some = ", ".join(list(trained)[:3])
         raise ValueError(f"{pattern!r} is found in none of the trained linear layers: {some}, ...")
-    return chosen
+    return found
 
 
 class MIGU:
@@ -94,28 +92,23 @@ class MIGU:
 
     def __init__(self, model, threshold=0.7, criterion="magnitude", layers=NOT_THE_HEAD):
         if criterion not in CRITERIA or not 0 <= threshold <= 1:
-            wanted = f"one of {', '.join(CRITERIA)}, and a threshold from 0 to 1"
-            raise ValueError(f"criterion {criterion!r}, threshold {threshold}: MIGU takes {wanted}")
+            raise ValueError(f"MIGU takes one of {list(CRITERIA)}, and a threshold from 0 to 1")
         self.threshold = threshold
         self.score = CRITERIA[criterion]
         self.layers = layers_to_mask(model, layers)
         self.magnitude = {}  # name of a layer -> (d_out,) fp32, this step's sum so far
-        self.masks = {}  # name of a layer -> bool (d_out,), once this step's is chosen
-        self.undo = []
+        self.masks = {}  # name of a layer -> bool (d_out,), True where a row is kept, once chosen
+        self.hooks = []
         for name in self.layers:
             # LoRA's B is judged by the merged output (section 3.3), which its parent gives.
             observed = model.get_submodule(name.removesuffix(".lora_B"))
-            self.undo.append(self.attach(name, observed))
-
-    def attach(self, name, layer):
-        """Look at a layer's outputs; returns what ends it."""
-        return layer.register_forward_hook(partial(self.observe, name)).remove
+            self.hooks.append(observed.register_forward_hook(partial(self.observe, name)))
 
     def observe(self, name, layer, inputs, output):
         """Add a training pass's |h|, summed over its tokens. In fp32: a long sum of bf16 stalls.
 
-        Several passes make one batch. A pass that is computed again (gradient checkpointing) counts
-        twice, in all rows alike, which no quantile sees.
+        Several passes make one batch. A pass that is computed twice (gradient checkpointing)
+        doubles every row's sum, which leaves their order as it is.
         """
         if layer.training and torch.is_grad_enabled():
             tokens = output.detach().reshape(-1, layer.out_features)
@@ -133,6 +126,7 @@ class MIGU:
     def mask_gradients(self):
         """Zero the masked rows of each gradient. Returns rows kept / rows, a tensor of shape ()."""
         for name, layer in self.layers.items():
+            # RowSparseMIGU's masks are chosen already, and what they mask was not computed.
             if layer.weight.grad is not None and name not in self.masks:
                 keep = self.masks[name] = self.choose(name, layer)
                 layer.weight.grad.mul_(keep[:, None])
@@ -144,9 +138,9 @@ class MIGU:
         return kept
 
     def remove(self):
-        """The model is as it was."""
-        for undo in self.undo:
-            undo()
+        """Take the hooks off."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 # ---- the same update in less time: gradients of masked rows are not even computed
@@ -165,19 +159,14 @@ class RowSparseMIGU(MIGU):
                 raise ValueError(f"{name}: tied weights and adapters need MIGU, not RowSparseMIGU")
         super().__init__(model, threshold, "magnitude", layers)
 
-    def attach(self, name, layer):
-        layer.forward = partial(self.forward, name, layer)  # hides the class's own
-        return partial(layer.__dict__.pop, "forward", None)
-
-    def forward(self, name, layer, x):
-        # To autograd the detached weight is a constant: it computes the gradients of x and bias.
-        h = F.linear(x, layer.weight.detach(), layer.bias)
-        if not (layer.training and torch.is_grad_enabled()):
-            return h
-        if name in self.masks:
-            raise RuntimeError("RowSparseMIGU needs all of a step in one pass")
-        self.observe(name, layer, x, h)
-        return RowGradient.apply(h, x, layer.weight, partial(self.rows_to_compute, name, layer))
+    def observe(self, name, layer, inputs, output):
+        """Puts in the output's place one whose backward pass computes the kept rows alone."""
+        if layer.training and torch.is_grad_enabled():
+            if name in self.masks:
+                raise RuntimeError("RowSparseMIGU needs all of a step in one pass")
+            super().observe(name, layer, inputs, output)
+            rows = partial(self.rows_to_compute, name, layer)
+            return RowGradient.apply(output.detach(), *inputs, layer.weight, layer.bias, rows)
 
     def rows_to_compute(self, name, layer):
         """(k,) rows whose gradient is computed, and bool (k, 1): those of them that are kept.
@@ -196,25 +185,26 @@ class RowSparseMIGU(MIGU):
 
 
 class RowGradient(torch.autograd.Function):
-    """The identity on h = x W^T (..., d_out); backward: dL/dW = (dL/dh)^T x in chosen rows."""
+    """h = x W^T + b (..., d_out), computed before; backward: dL/dW = (dL/dh)^T x in chosen rows."""
 
     @staticmethod
-    def forward(ctx, h, x, weight, rows_to_compute):
-        ctx.save_for_backward(x)
-        ctx.weight = weight
+    def forward(ctx, h, x, weight, bias, rows_to_compute):
+        ctx.save_for_backward(x, weight)
         ctx.rows_to_compute = rows_to_compute
         return h.view_as(h)
 
     @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
+    def backward(ctx, dh):
+        x, weight = ctx.saved_tensors
         rows, keep = ctx.rows_to_compute()
-        d_out, d_in = ctx.weight.shape
-        columns = gradient.reshape(-1, d_out).index_select(1, rows)  # (tokens, k)
-        part = columns.T @ x.reshape(-1, d_in).to(columns.dtype)  # (k, d_in)
-        part = part.mul_(keep).to(ctx.weight.dtype)
-        whole = torch.zeros_like(ctx.weight).index_copy_(0, rows, part)  # (d_out, d_in)
-        return gradient, None, whole, None
+        d_out, d_in = weight.shape
+        dx = dh @ weight.to(dh.dtype)  # (..., d_in)
+        dh = dh.reshape(-1, d_out)  # (tokens, d_out)
+        db = dh.sum(0) if ctx.needs_input_grad[3] else None
+        part = dh.index_select(1, rows).T @ x.reshape(-1, d_in).to(dh.dtype)  # (k, d_in)
+        part = part.mul_(keep).to(weight.dtype)
+        dW = torch.zeros_like(weight).index_copy_(0, rows, part)  # (d_out, d_in)
+        return None, dx, dW, db, None
 
 
 # ---- LoRA (Hu et al. 2022), and what IncLoRA and O-LoRA (Wang et al. 2023) need of it
@@ -277,9 +267,8 @@ def merge_lora(model):
 def plain_weights(model):
     """name -> weight, as merge_lora() would leave them; the model stays as it is."""
     weights = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    for name, layer in lora_layers(model).items():
-        weights[f"{name}.weight"] = layer.merged_weight()
-    return weights
+    adapted = {f"{name}.weight": x.merged_weight() for name, x in lora_layers(model).items()}
+    return weights | adapted
 
 
 def orthogonality_penalty(model, earlier):
