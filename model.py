@@ -10,17 +10,17 @@ magnitudes are plain sums over what a layer saw.
 import argparse
 import json
 import math
-import mmap
 import os
 import re
 import sys
 import time
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,10 +30,10 @@ from torch.utils.checkpoint import checkpoint
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# torchrun starts PROCESSES of us and numbers them. The first alone writes, and shows how far it is.
-RANK, PROCESSES = 0, 1
-if "LOCAL_RANK" in os.environ:
-    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# torchrun starts several processes of a program; RANK 0 alone writes files and shows progress.
+TORCHRUN = os.environ if "LOCAL_RANK" in os.environ else {}
+RANK = int(TORCHRUN.get("RANK", 0))
+PROCESSES = int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 # ---- what a user does wrong
@@ -46,6 +46,19 @@ class UserError(ValueError):
 def check(good, fault):
     if not good:
         raise UserError(fault)
+
+
+@contextmanager
+def as_user_error(fault, *errors):
+    """Errors of these kinds become a UserError that says the fault, and what the error says."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{fault}: {error}") from error
+
+
+# What is raised where a file's values are missing, or of another kind or size than they should be.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,8 +102,7 @@ class Packing:
 
     def __init__(self, mask, device):
         self.size = mask.shape
-        self.positions = mask.flatten().nonzero().squeeze(1)  # (tokens,)
-        self.index = to_device(self.positions, device)
+        self.index = to_device(mask.flatten().nonzero().squeeze(1), device)  # (tokens,)
         # (B,): each row's last token
         self.last = to_device((mask.sum(1).cumsum(0) - 1).clamp(min=0), device)
 
@@ -112,11 +124,9 @@ class KVCache(dict):
     """attention layer -> its keys and values (B, H, S, D) so far."""
 
     def append(self, layer, keys, values):
-        if layer in self:
-            keys = torch.cat([self[layer][0], keys], 2)
-            values = torch.cat([self[layer][1], values], 2)
-        self[layer] = keys, values
-        return keys, values
+        past = self.get(layer, (keys[:, :, :0], values[:, :, :0]))
+        self[layer] = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        return self[layer]
 
 
 def causal_mask(queries, keys, device):
@@ -124,16 +134,14 @@ def causal_mask(queries, keys, device):
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def attention_bias(allowed, weight, bias=None):
-    """What attention adds to its scores: bias (or 0) where allowed, the lowest number elsewhere.
+def attention_bias(allowed, bias):
+    """What attention adds to its scores: the bias where allowed, the lowest number elsewhere.
 
-    It has the type of the queries: autocast's, or else that of the weight.
+    Its type is that of the queries: autocast's where it is on, else the bias's own.
     """
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
-    if bias is None:
-        bias = weight.new_zeros(())
+    dtype = bias.dtype
+    if torch.is_autocast_enabled(bias.device.type):
+        dtype = torch.get_autocast_dtype(bias.device.type)
     return torch.where(allowed, bias.to(dtype), torch.finfo(dtype).min)
 
 
@@ -169,8 +177,8 @@ def from_dict(kind, values):
 class LanguageModel(nn.Module):
     """Loss and greedy decoding for both. A model defines how it begins and how it goes on:
 
-    decoder_inputs(input_ids, attention_mask, labels) -> ids, mask (B, S), targets of each id
-    encode(input_ids, attention_mask) -> the memory that decode() may look at
+    start(input_ids, attention_mask, labels) -> ids and mask (B, S) for decode(), the target of
+        each id, and the memory that it may look at
     decode(ids, mask, memory, cache) -> (tokens, d) for the head, and their packing
     """
 
@@ -188,26 +196,21 @@ class LanguageModel(nn.Module):
     def device(self):
         return self.lm_head.weight.device
 
-    def hidden(self, input_ids, attention_mask, labels):
-        """The decoder's output (tokens, d), its packing, and the targets (B, S)."""
-        ids, mask, targets = self.decoder_inputs(input_ids, attention_mask.bool(), labels)
-        memory = self.encode(input_ids, attention_mask.bool())
-        hidden, packing = self.decode(ids, mask, memory)
-        return hidden, packing, targets
-
     def forward(self, input_ids, attention_mask, labels=None):
         """(B, S) ids, mask and labels (-100: ignored) -> logits (B, S, V), mean loss or None."""
-        hidden, packing, targets = self.hidden(input_ids, attention_mask, labels)
+        ids, mask, targets, memory = self.start(input_ids, attention_mask.bool(), labels)
+        hidden, packing = self.decode(ids, mask, memory)
         logits = self.lm_head(hidden)  # (tokens, V)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float(), packing.pack(targets.to(self.device)))
+            loss = F.cross_entropy(logits.float(), targets[mask].to(self.device))
         return packing.pad(logits), loss
 
     def loss(self, input_ids, attention_mask, labels):
         """The same mean loss, for training: the head runs at labelled positions alone."""
-        hidden, packing, targets = self.hidden(input_ids, attention_mask, labels)
-        targets = targets.flatten()[packing.positions]  # (tokens,)
+        ids, mask, targets, memory = self.start(input_ids, attention_mask.bool(), labels)
+        hidden, _ = self.decode(ids, mask, memory)
+        targets = targets[mask]  # (tokens,)
         labelled = (targets != -100).nonzero().squeeze(1)
         logits = self.lm_head(hidden.index_select(0, to_device(labelled, self.device)))
         return F.cross_entropy(logits.float(), to_device(targets[labelled], self.device))
@@ -215,10 +218,9 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens):
         """Greedy: (B, S) -> new ids (B, new), each row as if alone, padded after its end."""
-        ids, mask, _ = self.decoder_inputs(input_ids.cpu(), attention_mask.bool().cpu(), None)
-        memory = self.encode(input_ids, attention_mask.bool())
+        ids, mask, _, memory = self.start(input_ids.cpu(), attention_mask.bool().cpu(), None)
         cache = KVCache()
-        new = torch.empty(len(ids), 0, dtype=torch.long)
+        new = ids[:, :0]  # (B, 0)
         ended = torch.zeros(len(ids), 1, dtype=torch.bool)
         while new.shape[1] < max_new_tokens and not ended.all():
             hidden, packing = self.decode(ids, mask, memory, cache)
@@ -347,17 +349,18 @@ class T5Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def position_bias(self, queries, keys):
-        """(1, H, queries, keys), a learned number a bucket of distances; queries: the last keys."""
+        """(1, H, queries, keys), a learned number a bucket of distances; queries: the last keys.
+
+        What it says of keys that follow a decoder's query does not count: they are not allowed.
+        """
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         position = torch.arange(keys, device=table.weight.device)
         distance = position[None, :] - position[keys - queries :, None]
         buckets, first = table.num_embeddings, 0
-        if self.is_decoder:
-            distance = -distance.clamp(max=0)
-        else:  # it looks both ways: half of the buckets are for what follows
+        if not self.is_decoder:  # it looks both ways: half of the buckets are for what follows
             buckets = buckets // 2
             first = (distance > 0) * buckets
-            distance = distance.abs()
+        distance = distance.abs()
         # Near: a bucket a distance. Far: buckets grow with its logarithm, up to max_distance.
         exact = buckets // 2
         scale = (buckets - exact) / math.log(self.max_distance / exact)
@@ -367,8 +370,7 @@ class T5Stack(nn.Module):
 
     def forward(self, x, packing, allowed, checkpointing, cache=None, memory=None):
         """allowed: bool, of a shape that broadcasts to (B, H, S, keys)."""
-        positions = self.position_bias(packing.size[1], allowed.shape[-1])
-        bias = attention_bias(allowed, self.final_layer_norm.weight, positions)
+        bias = attention_bias(allowed, self.position_bias(packing.size[1], allowed.shape[-1]))
         x = self.dropout(x)
         for block in self.block:
             x = run_block(block, checkpointing, x, packing, bias, cache, memory)
@@ -379,17 +381,17 @@ class T5(LanguageModel):
     decoder_only = False
 
     def __init__(self, config):
-        super().__init__(config, T5Config)
+        super().__init__({"model_type": "t5", **config}, T5Config)
         c = self.config
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
         self.encoder = T5Stack(c, False, c.num_layers)
         self.decoder = T5Stack(c, True, c.num_decoder_layers or c.num_layers)
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        if c.tie_word_embeddings:
+        tied, scaled = c.tie_word_embeddings, c.scale_decoder_outputs
+        if tied:
             self.lm_head.weight = self.shared.weight
-        scaled = c.scale_decoder_outputs
         if scaled is None:
-            scaled = c.tie_word_embeddings
+            scaled = tied
         self.head_scale = c.d_model**-0.5 if scaled else 1.0
 
     def encode(self, input_ids, attention_mask):
@@ -397,17 +399,17 @@ class T5(LanguageModel):
         allowed = to_device(attention_mask, self.device)[:, None, None, :]  # (B, 1, 1, S)
         x = self.shared(packing.pack(to_device(input_ids, self.device)))  # (tokens, d)
         x = self.encoder(x, packing, allowed, self.checkpointing)
-        return Source(x, packing, attention_bias(allowed, self.shared.weight))
+        return Source(x, packing, attention_bias(allowed, x.new_zeros(())))
 
-    def decoder_inputs(self, input_ids, attention_mask, labels):
+    def start(self, input_ids, attention_mask, labels):
         """The start token and the labels shifted right; each row is real up to its last label."""
         if labels is None:
-            labels = torch.full((len(input_ids), 1), -100, device=input_ids.device)
+            labels = input_ids.new_full((len(input_ids), 1), -100)
         mask = (labels != -100).flip(1).cumsum(1).flip(1) > 0
         ids = labels.masked_fill(labels == -100, self.pad).roll(1, 1)
         ids[:, 0] = self.config.decoder_start_token_id
         mask[:, 0] = True
-        return ids, mask, labels
+        return ids, mask, labels, self.encode(input_ids, attention_mask)
 
     def decode(self, ids, mask, memory, cache=None):
         """ids (B, S) are the last that mask (B, keys) speaks of."""
@@ -520,7 +522,7 @@ class Llama(LanguageModel):
     decoder_only = True
 
     def __init__(self, config):
-        super().__init__(config, LlamaConfig)
+        super().__init__({"model_type": "llama", **config}, LlamaConfig)
         c = self.config
         c.head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
         c.num_key_value_heads = c.num_key_value_heads or c.num_attention_heads
@@ -533,27 +535,24 @@ class Llama(LanguageModel):
         if c.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def encode(self, input_ids, attention_mask):
-        return None  # there is no encoder
-
-    def decoder_inputs(self, input_ids, attention_mask, labels):
-        """The ids themselves; the target of each is the label of the next."""
+    def start(self, input_ids, attention_mask, labels):
+        """The ids themselves; the target of each is the next label. There is no memory."""
         targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)
-        return input_ids, attention_mask, targets
+        return input_ids, attention_mask, targets, None
 
     def decode(self, ids, mask, memory, cache=None):
         """ids (B, S), padded on either side, are the last that mask (B, keys) speaks of."""
         packing = Packing(mask[:, -ids.shape[1] :], self.device)
         mask = to_device(mask, self.device)
         allowed = causal_mask(ids.shape[1], mask.shape[1], self.device) & mask[:, None, None, :]
-        bias = attention_bias(allowed, self.lm_head.weight)  # (B, 1, S, keys)
+        x = self.model.embed_tokens(packing.pack(to_device(ids, self.device)))  # (tokens, d)
+        bias = attention_bias(allowed, x.new_zeros(()))  # (B, 1, S, keys)
 
         # Positions are counted from a row's first real token.
         positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1  # (B, S)
         frequencies = rotary_frequencies(self.config, self.device).repeat(2)  # (D,)
         angles = positions[:, None, :, None] * frequencies  # (B, 1, S, D)
 
-        x = self.model.embed_tokens(packing.pack(to_device(ids, self.device)))  # (tokens, d)
         inputs = (packing, bias, angles.cos(), angles.sin(), cache)
         for block in self.model.layers:
             x = run_block(block, self.checkpointing, x, *inputs)
@@ -583,12 +582,10 @@ def write_text(path, text):
 
 def parse_json(source, content, kind=dict, **hooks):
     """The JSON object (or list) in some bytes. UserError names their source and the fault."""
-    try:
+    fault = f"{source}: not a JSON {'object' if kind is dict else 'list'}"
+    with as_user_error(fault, ValueError, RecursionError):
         value = json.loads(content.decode("utf-8-sig"), **hooks)
-    except (ValueError, RecursionError) as error:
-        hint = " (JSON Lines? Make it one list)" if "Extra data" in str(error) else ""
-        raise UserError(f"{source}: not JSON: {error}{hint}") from None
-    check(isinstance(value, kind), f"{source}: not a JSON {'object' if kind is dict else 'list'}")
+    check(isinstance(value, kind), fault)
     return value
 
 
@@ -603,7 +600,7 @@ def lock(path):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
-    try:
+    with suppress(BlockingIOError, PermissionError):
         if os.name == "nt":
             import msvcrt
 
@@ -613,27 +610,17 @@ def lock(path):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
-    except (BlockingIOError, PermissionError):
-        file.close()
 
 
 # ---- safetensors: 8 bytes of header length, a JSON header, the tensors' bytes
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES = {**FLOATS, **INTEGERS, "U8": torch.uint8, "BOOL": torch.bool}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 # What the header says of a tensor, its keys in the order of the alphabet.
-ENTRY = r'\{"data_offsets": \[\d+, \d+\], "dtype": "\w+", "shape": \[[\d, ]*\]\}'
+SIZES, KIND = r"\[[\d, ]*\]", "|".join(DTYPES)
+ENTRY = rf'\{{"data_offsets": {SIZES}, "dtype": "({KIND})", "shape": {SIZES}\}}'
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -659,51 +646,43 @@ def unique(pairs):
     return dict(pairs)
 
 
-def read_header(buffer):
-    """(name -> (dtype, shape, first byte, last byte + 1), metadata); checks all but the numbers."""
-    check(buffer[:7] != b"version", "a Git LFS pointer: run git lfs pull, or download.py")
-    first = 8 + int.from_bytes(buffer[:8], "little")
-    check(first <= min(len(buffer), 100_000_000), "the header's length does not fit the file")
-    header = parse_json("the header", buffer[8:first], object_pairs_hook=unique)
+def find_tensors(data):
+    """(name -> tensor, metadata) in a file's bytes; checks all but the numbers."""
+    check(bytes(data[:7]) != b"version", "a Git LFS pointer: run git lfs pull, or download.py")
+    first = 8 + int.from_bytes(data[:8], "little")
+    check(first <= min(len(data), 100_000_000), "the header's length does not fit the file")
+    header = parse_json("the header", bytes(data[8:first]), object_pairs_hook=unique)
     metadata = header.pop("__metadata__", {})
     texts = isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())
     check(texts, "__metadata__ is not text")
     for name, entry in header.items():
         good = re.fullmatch(ENTRY, json.dumps(entry, sort_keys=True))
-        check(good, f"{name}: a wrong entry, or sizes that are none: {entry}")
-        check(entry["dtype"] in DTYPES, f"{name}: dtype {entry['dtype']} is none of torch's")
+        check(good, f"{name}: no dtype of torch, or sizes that are none: {entry}")
     # The tensors fill the rest of the file, one after another.
-    table, end = {}, first
+    tensors, end = {}, first
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         start, end = end, end + dtype.itemsize * math.prod(shape)
-        fits = offsets == [start - first, end - first] and math.prod(filter(None, shape)) < 2**63
-        check(fits, f"{name}: bytes {offsets} do not fit shape {shape}, overlap, or leave a hole")
-        table[name] = dtype, shape, start, end
-    check(end == len(buffer), f"the tensors end at byte {end}, the file at byte {len(buffer)}")
-    return table, metadata
+        fits = entry["data_offsets"] == [start - first, end - first] and end <= len(data)
+        possible = math.prod(filter(None, shape)) < 2**63
+        check(fits and possible, f"{name}: too long, an overlap, a hole, or another shape: {entry}")
+        raw = torch.from_numpy(data[start:end])
+        if start % dtype.itemsize:  # a header of odd length
+            raw = raw.clone()
+        tensors[name] = raw.view(dtype).reshape(shape)
+    check(end == len(data), f"the tensors end at byte {end}, the file at byte {len(data)}")
+    return tensors, metadata
 
 
 def open_safetensors(path):
-    """The file's bytes, memory-mapped, and what its header says of them."""
-    with open(path, "rb") as file:
-        try:
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            return buffer, *read_header(buffer)
-        except ValueError as error:  # mmap's own: the file is empty
-            raise UserError(f"{path}: not a safetensors file: {error}") from None
+    """name -> tensor, memory-mapped, and the metadata."""
+    with as_user_error(f"{path}: not a safetensors file", ValueError):
+        return find_tensors(np.memmap(path, np.uint8, "c"))
 
 
 def read_safetensors(path):
     """name -> tensor, memory-mapped. UserError (a ValueError) or OSError names file and fault."""
-    buffer, table, _ = open_safetensors(path)
-    data = torch.frombuffer(buffer, dtype=torch.uint8)
-    tensors = {}
-    for name, (dtype, shape, start, end) in table.items():
-        raw = data[start:end]
-        if start % dtype.itemsize:  # a header of odd length
-            raw = raw.clone()
-        tensors[name] = raw.view(dtype).reshape(shape)
+    tensors, _ = open_safetensors(path)
     return tensors
 
 
@@ -711,17 +690,11 @@ def read_safetensors(path):
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURES = {"t5": T5, "llama": Llama}  # by model_type
-NAMES = {
-    T5: {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-    Llama: {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-}
 EMBEDDING = {T5: "shared.weight", Llama: "model.embed_tokens.weight"}
 # Some files repeat the embedding under these names.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 # Old files have these, and no model needs them.
-HARMLESS = re.compile(
-    r".*\.rotary_emb\.inv_freq|decoder\..*\.1\.EncDecAttention\.relative_attention_bias\.weight"
-)
+UNUSED = r".*\.rotary_emb\.inv_freq|decoder\..*\.EncDecAttention\.relative_attention_bias\.weight"
 TOKENIZER_FILES = (
     "spiece.model tokenizer.model tokenizer.json tokenizer_config.json "
     "special_tokens_map.json added_tokens.json"
@@ -732,15 +705,12 @@ def read_weights(path):
     """All tensors of a folder: model.safetensors, or the shards that its index names."""
     if (path / WEIGHTS).exists():
         return read_safetensors(path / WEIGHTS)
-    index = path / f"{WEIGHTS}.index.json"
-    check(index.exists(), f"{path} holds no {WEIGHTS}; pytorch_model.bin is pickled and never read")
-    tensors = {}
-    for name in shard_names(index, read_json(index)):
-        shard = read_safetensors(path / name)
-        twice = ", ".join(tensors.keys() & shard.keys())
-        check(not twice, f"{path / name}: {twice} stands in another shard too")
-        tensors |= shard
-    return tensors
+    place = path / f"{WEIGHTS}.index.json"
+    check(place.exists(), f"{path} holds no {WEIGHTS}; pytorch_model.bin is pickled and never read")
+    index = read_json(place)
+    shards = {shard: read_safetensors(path / shard) for shard in shard_names(place, index)}
+    with as_user_error(f"{place}: a tensor is not where it says", LookupError):
+        return {name: shards[shard][name] for name, shard in index["weight_map"].items()}
 
 
 def shard_names(source, index):
@@ -753,22 +723,23 @@ def shard_names(source, index):
     return sorted(set(places.values()))
 
 
+def empty_model(source, config):
+    """A T5 or Llama without memory for its weights. UserError: it is not supported."""
+    kind = str(config.get("model_type"))
+    check(kind in ARCHITECTURES, f"{source}: model_type {kind} is not supported: only t5 and llama")
+    with as_user_error(f"{source}: config.json", *MALFORMED), torch.device("meta"):
+        return ARCHITECTURES[kind](config)
+
+
 def load_model(path, dtype=torch.float32):
     """A T5 or Llama from a Hugging Face folder. UserError (a ValueError) or OSError: the fault."""
     path = Path(path)
     config = read_json(path / "config.json")
-    kind = str(config.get("model_type"))
-    check(kind in ARCHITECTURES, f"{path}: model_type {kind} is not supported: only t5 and llama")
-    tensors = {name: t for name, t in read_weights(path).items() if not HARMLESS.fullmatch(name)}
+    tensors = {name: t for name, t in read_weights(path).items() if not re.fullmatch(UNUSED, name)}
     # Recent files always say that the head is tied; whether they hold one tells the truth.
     if config.get("scale_decoder_outputs") is False and "lm_head.weight" in tensors:
         config["tie_word_embeddings"] = False
-    try:
-        with torch.device("meta"):  # shapes alone, no memory
-            model = ARCHITECTURES[kind](config)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: config.json: {error}") from None
-
+    model = empty_model(path, config)
     embedding, tied = EMBEDDING[type(model)], model.config.tie_word_embeddings
     for copy in COPIES:
         if copy in tensors and (tied or copy != "lm_head.weight"):
@@ -779,10 +750,9 @@ def load_model(path, dtype=torch.float32):
     weights = {name: nn.Parameter(tensor.to(dtype, copy=True)) for name, tensor in tensors.items()}
     if tied and embedding in weights:
         weights["lm_head.weight"] = weights[embedding]  # one parameter, two names
-    try:
+    # The error names each tensor that is missing, unexpected or misshapen.
+    with as_user_error(f"{path}: the weights do not fit config.json", RuntimeError):
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # it names each tensor that is missing, unexpected or misshapen
-        raise UserError(f"{path}: the weights do not fit config.json: {error}") from None
     model.files = {n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).is_file()}
     return model.eval()
 
@@ -790,10 +760,9 @@ def load_model(path, dtype=torch.float32):
 def save_model(model, path, weights=None, metadata=None):
     """Write a folder that from_pretrained opens; weights: if not the model's own parameters."""
     weights = weights or dict(model.named_parameters())
-    widest = max((weight.dtype for weight in weights.values()), key=lambda dtype: dtype.itemsize)
-    config = model.config_json | NAMES[type(model)]
-    config.pop("dtype", None)
-    config["torch_dtype"] = str(widest).removeprefix("torch.")  # transformers loads all as this
+    # transformers loads all weights as the type that it finds under either name.
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    config = model.config_json | {"dtype": dtype, "torch_dtype": dtype}
     write_text(Path(path, "config.json"), json.dumps(config, indent=2))
     for name, content in model.files.items():
         write_file(Path(path, name), [content])
