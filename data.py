@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from model import UserError, check, read_json, write_text
+from model import MALFORMED, as_user_error, check, read_json, write_text
 
 Example = namedtuple("Example", "prompt answer")
 Task = namedtuple("Task", "name train test labels")  # train, test: lists of Example
@@ -28,18 +28,6 @@ LONGEST_ANSWER = 50  # its end included
 
 # ---- the benchmark's tasks
 
-GROUPS = {
-    "TC": ("dbpedia", "yahoo", "agnews"),
-    "SC": ("amazon", "yelp", "IMDB", "SST-2"),
-    "NLI": ("MNLI", "CB", "RTE"),
-    "QQP": ("QQP",),
-    "BoolQA": ("BoolQA",),
-    "MultiRC": ("MultiRC",),
-    "COPA": ("COPA",),
-    "WiC": ("WiC",),
-}
-GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
-
 ORDERS = {
     1: "dbpedia amazon yahoo agnews",
     2: "dbpedia amazon agnews yahoo",
@@ -49,6 +37,11 @@ ORDERS = {
     6: "yelp amazon MNLI CB COPA QQP RTE IMDB SST-2 dbpedia agnews yahoo MultiRC BoolQA WiC",
 }
 ORDERS = {order: tuple(names.split()) for order, names in ORDERS.items()}
+
+GROUPS = {"TC": "dbpedia yahoo agnews", "SC": "amazon yelp IMDB SST-2", "NLI": "MNLI CB RTE"}
+GROUPED = {name: group for group, names in GROUPS.items() for name in names.split()}
+# Every task of the orders; one that is in none of these groups is a group of its own.
+GROUP_OF = {name: GROUPED.get(name, name) for name in sum(ORDERS.values(), ())}
 EPOCHS = {(5, "WiC"): 2, (6, "MNLI"): 2}  # as in the official scripts; all else has one
 
 INSTRUCTIONS = {
@@ -81,9 +74,9 @@ END_OF_PROMPT = "\nAnswer:"
 
 def resolve(name):
     """The full path of a folder that holds a task, or else a name of the benchmark."""
-    folder = Path(name).resolve()
-    own = (folder / "labels.json").exists() or name not in GROUP_OF
-    return str(folder) if own else name
+    if name in GROUP_OF and not Path(name, "labels.json").exists():
+        return name
+    return str(Path(name).resolve())
 
 
 def task_folder(root, name):
@@ -93,13 +86,6 @@ def task_folder(root, name):
 def is_text(value):
     """Half a surrogate pair is valid JSON, but no text: nothing can write it."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def load_labels(path):
-    labels = read_json(path, list)
-    fine = labels and all(is_text(label) for label in labels) and len(set(labels)) == len(labels)
-    check(fine, f"{path}: labels are texts, at least one, each once")
-    return labels
 
 
 def load_split(path, labels, limit):
@@ -129,7 +115,9 @@ def load_task(root, name, limits=(None, None)):
     check(is_text(str(folder)), f"{str(folder)!r} is no text in this locale: set PYTHONUTF8=1")
     way_out = "give a task's folder, or fetch the benchmark: python download.py data"
     check((folder / "labels.json").exists(), f"{folder} has no labels.json: {way_out}")
-    labels = load_labels(folder / "labels.json")
+    labels = read_json(folder / "labels.json", list)
+    fine = labels and all(map(is_text, labels)) and len(set(labels)) == len(labels)
+    check(fine, f"{folder / 'labels.json'}: labels are texts, at least one, each once")
     train = load_split(folder / "train.json", labels, limits[0])
     test = load_split(folder / "test.json", labels, limits[1])
     return Task(folder.name, train, test, labels)
@@ -137,15 +125,15 @@ def load_task(root, name, limits=(None, None)):
 
 # ---- tokenizers
 
+VOCABULARIES = ("spiece.model", "tokenizer.model", "tokenizer.json")
+WAY_OUT = "copy spiece.model or tokenizer.model from the model that it was tuned from"
+
 
 class SentencePiece:
     """The vocabulary of T5 (spiece.model) and of Llama 1 and 2 (tokenizer.model)."""
 
     def __init__(self, file, has_start):
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{file}: not a sentencepiece model: {error}") from None
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
         self.encode = self.pieces.encode
         self.start = [self.pieces.bos_id()] if has_start else []
         self.eos_id = self.pieces.eos_id()
@@ -160,35 +148,32 @@ class SentencePiece:
 
 # ---- byte-level BPE: a text is cut into words, a word into bytes, and bytes are merged to tokens
 
-# How models cut a text into words. In the files these patterns have \p{L} (letters), \p{N}
-# (numbers) and \s. Python's re knows no \p, and to it \x1c-\x1f are \s too: word_pattern() puts
-# ranges of characters in their place.
-WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+"
+# How models cut a text into words. The patterns see it with an ASCII character of the same kind in
+# the place of each that is not ASCII: so [a-zA-Z] is any letter, \d any number, \s any white space.
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?\d+| ?[^\sa-zA-Z\d]+|\s+(?!\S)|\s+"
 # Each digit is a word, and white space before it ends as white space before the text's end does.
-SMOLLM_2 = (
-    r"[\p{N}]|'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s\p{N}])|[\s]+"
-)
+SMOLLM_2 = r"\d|'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[^\sa-zA-Z\d]+|\s+(?![^\s\d])|\s+"
 LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|[\s]*[\r\n]+|[\s]+(?![^\s])|[\s]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\na-zA-Z\d]?[a-zA-Z]+|\d{1,3}"
+    r"| ?[^\sa-zA-Z\d]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA_3_IN_FILES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    LLAMA_3.replace("[a-zA-Z]", r"\p{L}").replace("a-zA-Z", r"\p{L}").replace(r"\d", r"\p{N}")
 )
+# Unicode's letters, numbers and separators; and what is not like its kind: Llama 3 takes 'ſ for 's.
+KINDS = {"L": "x", "N": "0", "Z": "\t", "ſ": "S", "\x85": "\t"}
+
 # The pre-tokenizers that we know: their steps in a file, and the pattern that does the same.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+LLAMA_3_SPLIT = {**SPLIT, "pattern": {"Regex": LLAMA_3_IN_FILES}}
 PRE_TOKENIZERS = (
     ([BYTE_LEVEL], GPT_2),
     ([DIGITS, BYTE_LEVEL], SMOLLM_2),
-    (
-        [{**SPLIT, "pattern": {"Regex": LLAMA_3_IN_FILES}}, {**BYTE_LEVEL, "use_regex": False}],
-        LLAMA_3,
-    ),
+    ([LLAMA_3_SPLIT, {**BYTE_LEVEL, "use_regex": False}], LLAMA_3),
 )
+POST_PROCESSORS = ("ByteLevel", "TemplateProcessing")
 NOT_SUPPORTED = (  # options of the file, its model and its added tokens
     "normalizer dropout unk_token continuing_subword_prefix end_of_word_suffix byte_fallback "
     "fuse_unk single_word lstrip rstrip"
@@ -196,9 +181,9 @@ NOT_SUPPORTED = (  # options of the file, its model and its added tokens
 
 # Vocabularies write each byte as a printable character: 188 as their own, the others as those
 # from 256 on, so that b" " is "Ġ".
-SHOWN = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
-HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
-SYMBOLS = [chr(byte) for byte in SHOWN] + [chr(256 + n) for n in range(len(HIDDEN))]
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = sorted(set(range(256)) - set(SHOWN))
+SYMBOLS = list(map(chr, [*SHOWN, *range(256, 256 + len(HIDDEN))]))
 SYMBOL_OF = dict(zip(SHOWN + HIDDEN, SYMBOLS))
 BYTE_OF = dict(zip(SYMBOLS, SHOWN + HIDDEN))
 
@@ -206,42 +191,33 @@ BYTE_OF = dict(zip(SYMBOLS, SHOWN + HIDDEN))
 def to_bytes(token):
     """What a token stands for: "Ġcaf" -> b" caf". Added tokens may have other characters."""
     if set(token) <= BYTE_OF.keys():
-        return bytes(BYTE_OF[symbol] for symbol in token)
+        return bytes(map(BYTE_OF.get, token))
     return token.encode()
 
 
 @functools.cache
-def unicode_classes():
-    """Unicode's categories as ranges for a regex: {"L": "A-Za-zª-ª...", "N": "0-9²-³...", ...}."""
-    classes = {}
-    characters = map(chr, range(0x40000))  # no letters and numbers lie beyond
-    for category, run in itertools.groupby(characters, lambda char: unicodedata.category(char)[0]):
-        run = list(run)
-        classes[category] = classes.get(category, "") + f"{run[0]}-{run[-1]}"
-    return classes
+def in_ascii(char):
+    """An ASCII character of the same kind: letter, number, white space, or none of these."""
+    if char.isascii():
+        return char
+    return KINDS.get(char) or KINDS.get(unicodedata.category(char)[0], "!")
 
 
 def word_pattern(pre_tokenizer):
-    """The regex whose matches are the words of a text."""
+    """The regex whose matches are the words of a text, for one that in_ascii has made ASCII."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    for step in steps:
-        step.pop("trim_offsets", None)  # changes no ids
-        if step["type"] == "ByteLevel":
-            step.setdefault("use_regex", True)  # old files do not say
+    steps[-1].pop("trim_offsets", None)  # changes no ids
+    steps[-1].setdefault("use_regex", True)  # old files do not say
     patterns = [pattern for known, pattern in PRE_TOKENIZERS if known == steps]
     check(patterns, f"pre_tokenizer {pre_tokenizer} is not supported")
-    pattern = patterns[0].replace(r"\s", WHITE_SPACE)
-    for name in "LN":
-        pattern = pattern.replace(rf"\p{{{name}}}", unicode_classes()[name])
-    return re.compile(pattern)
+    return re.compile(patterns[0], re.ASCII)
 
 
 def start_ids(post_processor):
     """The ids that a file's template puts before a text: Llama 3 has one, SmolLM2 none."""
     ids = []
     for step in post_processor.get("processors", [post_processor]):
-        known = step["type"] in ("ByteLevel", "TemplateProcessing")
-        check(known, f"post_processor {step['type']} is not supported")
+        check(step["type"] in POST_PROCESSORS, f"post_processor {step['type']} is not supported")
         pieces = step.get("single", [])
         for piece in itertools.takewhile(lambda piece: "Sequence" not in piece, pieces):
             ids += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
@@ -249,66 +225,57 @@ def start_ids(post_processor):
 
 
 class ByteLevelBPE:
-    """The vocabulary of GPT-2, SmolLM2 or Llama 3, from the tokenizer.json of Hugging Face."""
+    """The vocabulary of GPT-2, SmolLM2 or Llama 3, from the tokenizer.json of Hugging Face.
 
-    def __init__(self, file, eos_id):
-        parts = read_json(file)
-        try:
-            self.read(parts)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{file}: not in the form of a tokenizer.json: {error!r}") from None
-        self.eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
-        self.word_ids = functools.cache(self.encode_word)
+    vocab: token -> id; ranks: pair of tokens -> its place among the merges as learned.
+    """
 
-    def read(self, parts):
-        """vocab: token -> id; ranks: pair of tokens -> its place among the merges as learned."""
-        model = parts["model"]
-        for settings in (parts, model, *parts["added_tokens"]):
+    def __init__(self, parts, eos_id):
+        model, added_tokens = parts["model"], parts["added_tokens"]
+        kinds = [model.get("type", "BPE"), parts["decoder"]["type"]]
+        check(kinds == ["BPE", "ByteLevel"], f"{kinds} instead of a byte-level BPE: {WAY_OUT}")
+        for settings in (parts, model, *added_tokens):
             for option in NOT_SUPPORTED:
-                given = settings.get(option)
-                check(not given, f"{option} {given!r} is not supported")
-        kinds = model.get("type", "BPE"), parts["decoder"]["type"]
-        check(kinds == ("BPE", "ByteLevel"), f"a {kinds} model and decoder is not supported")
+                value = settings.get(option)
+                check(not value, f"{option} {value!r} is not supported")
         self.word_pattern = word_pattern(parts["pre_tokenizer"])
         self.start = start_ids(parts["post_processor"] or {"processors": []})
+        self.eos_id = eos_id[0] if isinstance(eos_id, list) else eos_id
         self.ignore_merges = model.get("ignore_merges", False)
         self.vocab = model["vocab"]
         self.ranks = {}
         for rank, merge in enumerate(model["merges"]):
-            pair = merge.split(" ") if isinstance(merge, str) else merge
-            known = len(pair) == 2 and "".join(pair) in self.vocab
-            check(known, f"merge {merge} makes no token of the vocabulary")
-            self.ranks[tuple(pair)] = rank
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            check(left + right in self.vocab, f"merge {merge} makes no token of the vocabulary")
+            self.ranks[left, right] = rank
+        self.word_ids = functools.cache(self.encode_word)
 
         # What is found in a text before it is cut into words, the longest first: "<|im_end|>".
-        self.added = {token["content"]: token["id"] for token in parts["added_tokens"]}
+        self.added = {token["content"]: token["id"] for token in added_tokens}
         longest_first = sorted(self.added, key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-        ids = self.vocab | self.added
-        self.bytes_of = {number: to_bytes(token) for token, number in ids.items()}
-        special = {token["id"] for token in parts["added_tokens"] if token["special"]}
-        self.bytes_of |= dict.fromkeys(special, b"")
+        self.bytes_of = {number: to_bytes(token) for token, number in self.vocab.items()}
+        for token in added_tokens:
+            said = "" if token["special"] else token["content"]
+            self.bytes_of[token["id"]] = to_bytes(said)
 
     def __len__(self):
         return max(self.bytes_of) + 1
 
     def encode_word(self, word):
         """Of all pairs, the one learned first is merged: l o w e r -> lo w e r -> low e r -> ..."""
-        symbols = "".join(SYMBOL_OF[byte] for byte in word.encode())
+        symbols = "".join(map(SYMBOL_OF.get, word.encode()))
         if self.ignore_merges and symbols in self.vocab:
             return [self.vocab[symbols]]
         # SmolLM2 lacks some bytes that hardly any text has; as the library does, we leave them out.
         tokens = [symbol for symbol in symbols if symbol in self.vocab]
-        never = math.inf
         while len(tokens) > 1:
-            ranks = [self.ranks.get(pair, never) for pair in zip(tokens, tokens[1:])]
+            ranks = [self.ranks.get(pair, math.inf) for pair in zip(tokens, tokens[1:])]
             place = ranks.index(min(ranks))
-            if ranks[place] == never:
+            if ranks[place] == math.inf:
                 break
             tokens[place : place + 2] = [tokens[place] + tokens[place + 1]]
-        return [self.vocab[token] for token in tokens]
+        return list(map(self.vocab.get, tokens))
 
     def encode(self, text):
         """The ids of a text, without start and end."""
@@ -317,8 +284,8 @@ class ByteLevelBPE:
             if piece in self.added:
                 ids.append(self.added[piece])
             else:
-                words = self.word_pattern.findall(piece)
-                ids += itertools.chain.from_iterable(map(self.word_ids, words))
+                for word in self.word_pattern.finditer("".join(map(in_ascii, piece))):
+                    ids += self.word_ids(piece[word.start() : word.end()])
         return ids
 
     def decode(self, ids):
@@ -330,28 +297,25 @@ class ByteLevelBPE:
 def load_tokenizer(path):
     """The tokenizer of a model's folder. UserError names what is missing or not supported.
 
-    unknown: finds tokens that the model has beyond that file, such as T5's "<extra_id_0>".
+    unknown: finds tokens that the model has beyond its vocabulary, such as T5's "<extra_id_0>".
     """
     names = ("config.json", "tokenizer_config.json", "added_tokens.json")
     files = [Path(path, name) for name in names]
     config, options, added = [read_json(file) if file.exists() else {} for file in files]
-    if Path(path, "spiece.model").is_file():
-        tokenizer = SentencePiece(Path(path, "spiece.model"), has_start=False)
-    elif Path(path, "tokenizer.model").is_file():
-        has_start = options.get("add_bos_token", True)
-        tokenizer = SentencePiece(Path(path, "tokenizer.model"), has_start)
-    else:
-        way_out = "copy spiece.model from the model that it was tuned from"
-        check(config.get("model_type") != "t5", f"{path} has no spiece.model: {way_out}")
-        known = Path(path, "tokenizer.json").is_file()
-        check(known, f"{path} holds neither spiece.model, tokenizer.model nor tokenizer.json")
-        tokenizer = ByteLevelBPE(Path(path, "tokenizer.json"), config.get("eos_token_id", 2))
-    try:
+    found = [Path(path, name) for name in VOCABULARIES if Path(path, name).is_file()]
+    check(found, f"{path} has no {' or '.join(VOCABULARIES)}: {WAY_OUT}")
+    file = found[0]
+    form = "it, or a .json file beside it, is not in the form of a supported tokenizer"
+    fault = f"{file}: {form} (or a Git LFS pointer: run git lfs pull)"
+    with as_user_error(fault, *MALFORMED):
+        if file.suffix == ".json":
+            tokenizer = ByteLevelBPE(read_json(file), config.get("eos_token_id", 2))
+        else:
+            has_start = file.name == "tokenizer.model" and options.get("add_bos_token", True)
+            tokenizer = SentencePiece(file, has_start)
         added |= {t["content"]: int(i) for i, t in options.get("added_tokens_decoder", {}).items()}
         beyond = [re.escape(t) for t, i in added.items() if t and i >= len(tokenizer)]
         tokenizer.unknown = re.compile("|".join(beyond) or "(?!)")
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: {names[1]} or {names[2]}: {error!r}") from None
     return tokenizer
 
 
@@ -361,13 +325,12 @@ def load_tokenizer(path):
 def encode_prompt(tokenizer, text, decoder_only):
     """What a model reads: T5 prompt + end, Llama start + prompt; too much is cut from the text."""
     ids = tokenizer.encode(text)
-    room = LONGEST_PROMPT - (len(tokenizer.start) if decoder_only else 1)
+    start, end = (tokenizer.start, []) if decoder_only else ([], [tokenizer.eos_id])
+    room = LONGEST_PROMPT - len(start) - len(end)
     if len(ids) > room:
         tail = len(tokenizer.encode(END_OF_PROMPT))
         ids = ids[: room - tail] + ids[-tail:]
-    if decoder_only:
-        return tokenizer.start + ids
-    return ids + [tokenizer.eos_id]
+    return start + ids + end
 
 
 def encode_example(tokenizer, example, decoder_only):
@@ -411,7 +374,7 @@ DEMO_LABELS = (
 def make_demo_task(folder, sizes, rng, topics=4, words=8):
     """Write a task: a text has 3 words of its topic and 2 that say nothing; sizes: train, test."""
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-    labels = [str(label) for label in rng.choice(DEMO_LABELS, topics, replace=False)]
+    labels = rng.choice(DEMO_LABELS, topics, replace=False).tolist()
     own_words = {}
     for topic in [*labels, "nothing"]:
         own_words[topic] = ["".join(rng.choice(syllables, 3)) for _ in range(words)]
@@ -427,12 +390,14 @@ def make_demo_task(folder, sizes, rng, topics=4, words=8):
         write_text(Path(folder, f"{part}.json"), json.dumps(content))
 
 
+T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+QUIETLY = {"hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2}
+
+
 def train_vocabulary(texts, size):
-    """A sentencepiece vocabulary in T5's form (pad 0, end 1, unknown 2): its file's bytes."""
+    """A sentencepiece vocabulary in T5's form: its file's bytes."""
     file = io.BytesIO()
-    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    how = {"hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=file, vocab_size=size, **ids, **how
+        sentence_iterator=iter(texts), model_writer=file, vocab_size=size, **T5_IDS, **QUIETLY
     )
     return file.getvalue()
