@@ -5,14 +5,12 @@ data/. HF_ENDPOINT names another server, HF_TOKEN opens gated models. What is th
 left alone, a cut transfer goes on where it stopped, and no file has its name before it is right.
 """
 
-import functools
 import hashlib
 import http.client
 import io
 import os
 import re
 import shutil
-import ssl
 import sys
 import time
 import urllib.error
@@ -23,8 +21,8 @@ from urllib.parse import quote, urljoin
 
 from tqdm import tqdm
 
-from model import TOKENIZER_FILES, WEIGHTS, UserError, check, lock, one_line_errors, parse_json
-from model import shard_names
+from model import MALFORMED, TOKENIZER_FILES, WEIGHTS, UserError, as_user_error, check
+from model import empty_model, lock, one_line_errors, parse_json, shard_names
 
 MODELS = {
     "t5-large": "google-t5/t5-large",
@@ -38,9 +36,7 @@ MODELS = {
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
-# Of a repository only what load_model and load_tokenizer read is fetched.
 INDEX = "model.safetensors.index.json"
-SENTENCEPIECE = {"t5": "spiece.model", "llama": "tokenizer.model"}  # by model_type
 
 GITHUB = "https://api.github.com"
 RAW = "https://raw.githubusercontent.com"
@@ -53,13 +49,7 @@ REFUSALS = {
     403: "refused: accept its licence with the account of HF_TOKEN, or try again in an hour",
     404: "not there: check the name",
 }
-NETWORK_ERRORS = (
-    ConnectionError,
-    TimeoutError,
-    http.client.HTTPException,
-    ssl.SSLError,
-    urllib.error.URLError,
-)
+NETWORK_ERRORS = (OSError, http.client.HTTPException)  # or the disk is full
 UNEXPECTED = "the answer is not the expected JSON: check the network and HF_ENDPOINT"
 WAITS = (1, 2, 4, 8)  # seconds, each before another try
 LONGEST_WAIT = 60  # even if a server asks for more
@@ -78,15 +68,13 @@ def hub():
     return address.rstrip("/")
 
 
-def make_request(url, span):
-    """span: a Range, or nothing. The token goes to the hub alone, and is never printed."""
-    request = urllib.request.Request(url, headers={"User-Agent": "migu"})
-    if span:
-        request.add_header("Range", span)
+def make_request(url, headers):
+    """The token goes to the hub alone, and is never printed."""
+    request = urllib.request.Request(url, headers=headers)
     token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(f"{hub()}/"):
         check(re.fullmatch("[!-~]+", token), "HF_TOKEN holds what no token does: copy it again")
-        request.add_header("Authorization", f"Bearer {token}")
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     return request
 
 
@@ -96,10 +84,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # not in Python 3.10
 
     def redirect_request(self, request, response, code, message, headers, url):
-        return make_request(url, request.get_header("Range"))
+        return make_request(url, request.headers)
 
 
 OPENER = urllib.request.build_opener(Redirects)
+OPENER.addheaders = [("User-Agent", "migu")]
 
 
 def receive(url, target):
@@ -112,8 +101,8 @@ def receive(url, target):
     while True:
         start, asked = target.tell(), ""  # asked: the seconds that a busy server asks for
         try:
-            request = make_request(url, start and f"bytes={start}-")
-            with OPENER.open(request, timeout=30) as response:
+            headers = {"Range": f"bytes={start}-"} if start else {}
+            with OPENER.open(make_request(url, headers), timeout=30) as response:
                 if response.status != 206:
                     target.truncate(target.seek(0))  # The server begins at the beginning.
                 shutil.copyfileobj(response, target, 1 << 20)
@@ -125,7 +114,7 @@ def receive(url, target):
             check(error.code >= 500 or error.code in (408, 429), f"{url}: {fault}")
             asked = error.headers.get("Retry-After", "")
         except NETWORK_ERRORS as error:
-            fault = f"no answer ({getattr(error, 'reason', error)}): check the network"
+            fault = f"it failed ({getattr(error, 'reason', error)}): check network and disk"
         tries = 1 if target.tell() > start else tries + 1
         check(tries <= len(WAITS), f"{url}: {fault}")
         wait = int(asked) if asked.isdecimal() else WAITS[tries - 1]
@@ -144,14 +133,12 @@ def read_listing(url, place):
     files = {}
     while url:
         page, headers = ask_json(url, (dict, list))
-        try:
+        with as_user_error(f"{url}: {UNEXPECTED}", *MALFORMED):
             for entry in page["tree"] if isinstance(page, dict) else page:
                 if entry["type"] in ("blob", "file"):
                     digest = (entry.get("lfs") or entry).get("oid") or entry["sha"]
                     address = f"{place}/{quote(entry['path'])}"
                     files[entry["path"]] = File(address, int(entry["size"]), str(digest))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{url}: {UNEXPECTED}") from None
         following = re.search(r'<([^>]*)>[^,<]*rel="?next', headers.get("Link", ""))
         url = following and urljoin(url, following[1])
     return files
@@ -167,7 +154,7 @@ def is_right(path, file):
     git = len(file.digest) == 40
     hasher = hashlib.sha1(b"blob %d\0" % file.size) if git else hashlib.sha256()
     with open(path, "rb") as content:
-        for block in iter(functools.partial(content.read, 1 << 20), b""):
+        for block in iter(lambda: content.read(1 << 20), b""):
             hasher.update(block)
     return hasher.hexdigest() == file.digest
 
@@ -197,7 +184,7 @@ def fetch_all(files, folder):
     if not held:
         print(f"{folder}: another process fetches it, waiting", file=sys.stderr)
     while not held:
-        time.sleep(0.2)
+        time.sleep(1)
         held = lock(folder / ".lock")
     with held:
         for name, file in files.items():
@@ -207,34 +194,34 @@ def fetch_all(files, folder):
 # ---- models and the benchmark
 
 
-def choose_weights(repo, files):
-    """Names of the files that load_model reads: the weights, or the shards and their index."""
-    if WEIGHTS in files:
-        return [WEIGHTS]
-    check(INDEX in files, f"{repo}: no safetensors of a whole model (adapters are never opened)")
-    index, _ = ask_json(files[INDEX].url)
-    shards = shard_names(f"{repo}: {INDEX}", index)
-    gone = set(shards) - files.keys()
-    check(not gone, f"{repo}: {INDEX} names {gone}, which it has not")
-    return [*shards, INDEX]
+def choose_files(repo, files, folder):
+    """Those that load_model and load_tokenizer read, in the order in which they shall come.
 
-
-def check_supported(repo, files, folder):
-    """Refuse a model that could not be loaded, before its weights come."""
+    UserError: a model that could not be loaded, before its weights come.
+    """
     check("config.json" in files, f"{repo} has no config.json: choose another repository")
     config, _ = ask_json(files["config.json"].url)
-    kind = str(config.get("model_type"))
-    check(kind in SENTENCEPIECE, f"{repo}: model_type {kind} is not supported: only t5 and llama")
+    model = empty_model(repo, config)
     check("quantization_config" not in config, f"{repo} is quantized: choose its full weights")
 
-    vocabulary = SENTENCEPIECE[kind]
-    if vocabulary in files or (folder / vocabulary).is_file():
-        return
+    vocabulary = "tokenizer.model" if model.decoder_only else "spiece.model"
+    known = vocabulary in files or (folder / vocabulary).is_file()
+    if not known and "tokenizer.json" in files:  # a byte-level BPE?
+        tokenizer, _ = ask_json(files["tokenizer.json"].url)
+        known = "ByteLevel" in str(tokenizer.get("decoder"))
     way_out = f"copy {vocabulary} from the model it was tuned from to {folder}, and run again"
-    other = kind == "llama" and files.get("tokenizer.json")
-    check(other, f"{repo} has no {vocabulary}: {way_out}")
-    decoder = ask_json(other.url)[0].get("decoder")
-    check("ByteLevel" in str(decoder), f"{repo}: tokenizer.json is not a byte-level BPE: {way_out}")
+    check(known, f"{repo} has no {vocabulary}: {way_out}")
+
+    weights = [WEIGHTS]
+    if WEIGHTS not in files:  # they are cut into shards?
+        check(INDEX in files, f"{repo}: no safetensors of a whole model; adapters are never opened")
+        index, _ = ask_json(files[INDEX].url)
+        weights = [*shard_names(f"{repo}: {INDEX}", index), INDEX]
+        gone = set(weights) - files.keys()
+        check(not gone, f"{repo}: {INDEX} names {gone}, which it has not")
+    # config.json comes last: where it is, the folder is whole.
+    wanted = [*TOKENIZER_FILES, *weights, "config.json"]
+    return {path: files[path] for path in wanted if path in files}
 
 
 def fetch_model(name):
@@ -243,10 +230,7 @@ def fetch_model(name):
     repo = MODELS.get(name, name)
     folder = Path("models", name)
     files = read_listing(f"{hub()}/api/models/{repo}/tree/main", f"{hub()}/{repo}/resolve/main")
-    check_supported(repo, files, folder)
-    # config.json comes last: where it is, the folder is whole.
-    wanted = [*TOKENIZER_FILES, *choose_weights(repo, files), "config.json"]
-    fetch_all({path: files[path] for path in wanted if path in files}, folder)
+    fetch_all(choose_files(repo, files, folder), folder)
     return folder
 
 
