@@ -1,13 +1,14 @@
 """Fine-tune a language model on one task after another, with MIGU or without it.
 
-    python train.py --demo                               # offline, on a CPU, in three minutes
+    python train.py --demo                               # offline, on a CPU, in a few minutes
     python train.py --order 1                            # t5-large, full tuning, MIGU, as the paper
     python train.py --order 1 2 3 --seed 42 1024 2048    # nine runs, and a table over them
     python train.py --order 4 --tune lora --mask none --replay 0.02
     python train.py --tasks my_tasks/news my_tasks/mail  # your own: train, test, labels .json
     torchrun --nproc-per-node 8 train.py --order 1       # on 8 GPUs: each batch is split over them
 
-A run is a folder: config.json, log.csv, matrix.csv, results.json, predictions/, model/.
+A run is a folder: config.json, log.csv, matrix.csv, results.json, predictions/, model/, and for
+LoRA and O-LoRA adapters/.
 """
 
 import argparse
@@ -38,7 +39,7 @@ import download
 import eval as evaluation
 from migu import CRITERIA, MIGU, NOT_THE_HEAD, RowSparseMIGU, add_lora, lora_layers, merge_lora
 from migu import orthogonality_penalty, plain_weights
-from model import PROCESSES, RANK, T5, Parser, UserError, check, load_model, lock
+from model import PROCESSES, RANK, T5, Parser, as_user_error, check, load_model, lock
 from model import one_line_errors, open_safetensors, read_json, read_safetensors, save_model
 from model import write_safetensors, write_text
 
@@ -48,14 +49,17 @@ THRESHOLD = {"full": 0.7, "lora": 0.7, "inclora": 0.7, "olora": 0.05}
 REPLAY_THRESHOLD = 0.4
 OTHERS = [name for name in CRITERIA if name != "magnitude"]
 MASKS = ("migu", *OTHERS, "none")  # migu is the criterion "magnitude"
-MAY_CHANGE = ("versions", "checkpointing")  # when a run is resumed: they change no number
+MAY_CHANGE = ("versions", "checkpointing")  # when a run is resumed
 
 RANGES = (  # of options: what a value must do, a test of it, and which options these are
     ("be above 0", lambda x: 0 < x < math.inf, "lr epochs batch_size micro_batch limit"),
     ("be from 0 to 1", lambda x: 0 <= x <= 1, "threshold replay"),
     ("not be below 0", lambda x: 0 <= x < math.inf, "clip l1 seed"),
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
+GPUS = [f"cuda:{n}" for n in range(COUNT)]
+DEVICES = ["cpu", *GPUS, "cuda"] if GPUS else ["cpu"]
+MODELS = f"a folder, {', '.join(download.MODELS)}, or a hub repository's owner/name"
 TUNINGS = "all weights; one adapter; an adapter a task; these orthogonal (default full)"
 
 
@@ -65,13 +69,12 @@ TUNINGS = "all weights; one adapter; an adapter a task; these orthogonal (defaul
 def parse_args(argv):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--demo", action="store_true", help="a tiny T5 on made-up tasks (heeds --seed and --out)")
     add("--order", type=int, nargs="+", choices=data.ORDERS, help="orders of the benchmark's tasks")
-    tasks = "or: your folders, or the benchmark's names"
-    add("--tasks", nargs="+", metavar="TASK", type=expanduser, help=tasks)
-    models = f"a folder, {', '.join(download.MODELS)}, or a hub repository's owner/name"
-    add("--model", default="t5-large", type=expanduser, help=models)
+    add("--tasks", nargs="+", metavar="TASK", type=expanduser, help="its tasks, or your folders")
+    add = parser.add_argument
+    add("--model", default="t5-large", type=expanduser, help=MODELS)
     add("--tune", choices=LEARNING_RATE, default="full", help=TUNINGS)
     add("--mask", choices=MASKS, default="migu", help="which rows are updated (default migu)")
     add("--threshold", type=float, help=f"fraction of rows that is masked (default {THRESHOLD})")
@@ -90,7 +93,7 @@ def parse_args(argv):
     add("--limit", type=int, nargs="+", metavar="N", help="first records of train (and of test)")
     add("--eval", choices=("last", "all"), default="last", help="test after the last task, or each")
     add("--seed", type=int, nargs="+", help="a run for each (default 42; the demo: 42 1024 2048)")
-    add("--device", default=DEVICE, help="(default here: %(default)s)")
+    add("--device", choices=DEVICES, default=DEVICES[-1], help="(default here: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the arithmetic (bfloat16 on cuda)")
     add("--data", default="data", type=expanduser, help="folder of the benchmark (default data)")
     add("--out", default="runs", type=expanduser, help="folder of the runs (default runs)")
@@ -101,26 +104,17 @@ def parse_args(argv):
 
 
 def check_args(args):
-    asked = args.demo + bool(args.order) + bool(args.tasks)
-    check(asked == 1, "say what to do: --demo, --order 1, or --tasks FOLDER FOLDER")
     check(len(args.limit or []) <= 2, "--limit takes a number for train, and one for test")
     for must, fine, names in RANGES:
         for name in names.split():
             for value in np.ravel(getattr(args, name)):
                 check(value is None or fine(value), f"--{name.replace('_', '-')} must {must}")
-    for values in (args.order or [], args.seed or []):
-        check(len(set(values)) == len(values), "--order and --seed name nothing twice")
-    try:
+    with as_user_error(f"--layers {args.layers}: no regular expression", re.error):
         re.compile(args.layers)
-    except re.error as error:
-        raise UserError(f"--layers {args.layers}: no regular expression: {error}") from None
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    known = ["cpu", *gpus, *(["cuda"] if gpus else [])]
-    check(args.device in known, f"--device {args.device} is none of {known}: use --device cpu")
     if PROCESSES > 1:
-        check(args.device in ("cpu", "cuda") and not args.demo, "torchrun: no --demo, no cuda:N")
-        few = f"torchrun: there are {len(gpus)} GPUs: lower --nproc-per-node, or add --device cpu"
-        check(args.device == "cpu" or int(os.environ["LOCAL_WORLD_SIZE"]) <= len(gpus), few)
+        check(args.device not in GPUS and not args.demo, "torchrun: no --demo, no cuda:N")
+        enough = args.device == "cpu" or int(os.environ["LOCAL_WORLD_SIZE"]) <= len(GPUS)
+        check(enough, f"torchrun: {len(GPUS)} GPUs: lower --nproc-per-node, or add --device cpu")
 
 
 def model_folder(name):
@@ -132,9 +126,8 @@ def model_folder(name):
 
 def settings(args, order, seed):
     """A run's arguments as resolved: what its config.json says."""
-    c = argparse.Namespace(**vars(args))
+    c = argparse.Namespace(**vars(args) | {"order": order, "seed": seed})
     del c.demo, c.out, c.resume
-    c.order, c.seed = order, seed
     c.tasks = list(data.ORDERS[order]) if order else [data.resolve(name) for name in args.tasks]
     c.model = str(model_folder(args.model))
     c.model_name = Path(c.model).name
@@ -160,11 +153,9 @@ def settings(args, order, seed):
 
 
 def run_folder(c, out):
-    """Bears what the run is; of many tasks the first alone, as config.json lists them all."""
-    names = [Path(task).name for task in c.tasks]
-    what = f"order{c.order}" if c.order else "+".join(names)
-    if len(what.encode()) > 100:
-        what = f"{names[0][:30]}+{len(names) - 1}more"
+    """Bears what the run is; of many tasks' names the first 100 bytes, as config.json has all."""
+    what = f"order{c.order}" if c.order else "+".join(Path(task).name for task in c.tasks)
+    what = what.encode(errors="surrogateescape")[:100].decode(errors="ignore")
     return Path(out, f"{what}-{c.model_name}-{c.method.replace(' ', '-')}-s{c.seed}")
 
 
@@ -192,23 +183,21 @@ def seeded(seed, index):
 
 def make_optimizer(model, c):
     """The paper's AdamW; as in transformers, norms, biases and position tables do not decay."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if c.optimizer == "sgd":
-        return torch.optim.SGD(trained.values(), c.lr)
-    decayed = [p for name, p in trained.items() if p.dim() > 1 and "bias" not in name]
-    others = [p for name, p in trained.items() if p.dim() == 1 or "bias" in name]
+        return torch.optim.SGD(model.parameters(), c.lr)
+    # Frozen ones have no gradient: they are passed over.
+    decayed = [p for name, p in model.named_parameters() if p.dim() > 1 and "bias" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "bias" in name]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, c.lr, fused=model.device.type in ("cpu", "cuda"))
 
 
 def make_masker(model, c):
     criterion = "magnitude" if c.mask == "migu" else c.mask
-    try:
+    with as_user_error("--layers", ValueError):
         if c.row_sparse:
             return RowSparseMIGU(model, c.threshold, c.layers)
         return MIGU(model, c.threshold, criterion, c.layers)
-    except ValueError as error:
-        raise UserError(f"--layers: {error}") from None
 
 
 def count_targets(batch):
@@ -218,16 +207,11 @@ def count_targets(batch):
 
 def sum_over_processes(model, masker, loss):
     """Each process has seen a share of the batch: now all have the whole batch's sums."""
-    dist.all_reduce(loss)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:  # this share is empty
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    tensors = [loss] + [p.grad for p in model.parameters() if p.grad is not None]
     if masker:
-        for name, layer in masker.layers.items():
-            zeros = torch.zeros(layer.out_features, device=loss.device)
-            dist.all_reduce(masker.magnitude.setdefault(name, zeros))
+        tensors += masker.magnitude.values()
+    for tensor in tensors:
+        dist.all_reduce(tensor)
 
 
 def train_step(model, optimizer, masker, batch, c, earlier):
@@ -238,13 +222,14 @@ def train_step(model, optimizer, masker, batch, c, earlier):
     seed = torch.initial_seed()
     torch.manual_seed(seed + 1_000_000 * RANK)  # each process has dropout of its own
     total = torch.zeros((), device=model.device)
+    if len(batch) < PROCESSES:  # repeat it, so that each has some: mean and mask stay
+        batch = batch * PROCESSES
     targets = count_targets(batch)
     share = batch[RANK::PROCESSES]
     for start in range(0, len(share), c.micro_batch):
         part = share[start : start + c.micro_batch]
-        inputs, labels = zip(*part)
         with evaluation.autocast(model, c.dtype):
-            loss = model.loss(**data.collate(inputs, labels))
+            loss = model.loss(**data.collate(*zip(*part)))
         # The mean over the targets of the whole batch, however it is cut.
         loss = loss * (count_targets(part) / targets)
         loss.backward()
@@ -263,22 +248,21 @@ def train_step(model, optimizer, masker, batch, c, earlier):
     return total, kept, norm
 
 
-def train_task(model, encoded, c, masker, rng, name, epochs, earlier):
-    """Train on a task's (input ids, labels) with a fresh optimizer; a log entry for each step."""
+def train_task(model, steps, c, masker, name):
+    """Train on batches of (input ids, labels) with a fresh optimizer; a log entry for each."""
     optimizer = make_optimizer(model, c)
-    steps = [batch for _ in range(epochs) for batch in data.batches(encoded, c.batch_size, rng)]
     log = []
     model.train()
     bar = tqdm(steps, desc=f"train {name}", unit="step", disable=RANK > 0)
     for step, batch in enumerate(bar, 1):
-        loss, kept, norm = train_step(model, optimizer, masker, batch, c, earlier)
-        log.append((loss, kept, norm))
+        log.append(train_step(model, optimizer, masker, batch, c, model.earlier_A))
+        where = f"step {step} of {name}: lower --lr; finished tasks are kept"
         if step % 10 == 0 or step == len(steps):  # not each step: reading waits for the GPU
-            bar.set_postfix(loss=f"{float(loss):.3f}")
-            where = f"step {step} of {name}: lower --lr; finished tasks are kept"
-            check(math.isfinite(norm), f"the gradient's norm is {float(norm)} at {where}")
+            loss, _, norm = map(float, log[-1])
+            bar.set_postfix(loss=f"{loss:.3f}")
+            check(math.isfinite(norm), f"the gradient's norm is {norm} at {where}")
     finite = all(p.isfinite().all() for p in model.parameters())
-    check(finite, f"weights not finite at step {step} of {name}: lower --lr")
+    check(finite, f"weights not finite at {where}")
     return [(name, step, *map(float, values)) for step, values in enumerate(log, 1)]
 
 
@@ -291,153 +275,120 @@ def stage_examples(c, tasks, stage):
         return [example for task in tasks for example in task.train]
     examples = list(tasks[stage].train)
     for j, past in enumerate(tasks[:stage]):
-        # Not the numbers of seeded(): they put that task's own training in order.
+        # Another seed than that of seeded(), which puts that task's own training in order.
         order = np.random.default_rng([c.seed, j, 1]).permutation(len(past.train))
         examples += [past.train[i] for i in order[: int(len(order) * c.replay)]]
     return examples
 
 
-def stage_name(c, tasks, stage):
-    return "+".join(task.name for task in tasks) if c.joint else tasks[stage].name
-
-
-def shrink_frozen(model, c):
-    """Frozen linear weights in the type of the arithmetic, which else converts them in each step.
+def add_adapters(model, c):
+    """Put adapters on; frozen linear weights get the arithmetic's type once, not in each step.
 
     Adapted ones and the head (it may be the embedding) stay: folding must not drift.
     """
+    add_lora(model)
     for layer in model.modules():
         frozen = type(layer) is nn.Linear and not layer.weight.requires_grad
         if frozen and layer is not model.lm_head:
             layer.to(getattr(torch, c.dtype))
 
 
-def unrounded_weights(model, c):
-    """The plain model's weights; what shrink_frozen() rounded is as it was at the start."""
-    weights = plain_weights(model)
-    rounded = [name for name, weight in weights.items() if weight.dtype != torch.float32]
-    if rounded:
-        start = load_model(c.model)
-        weights |= {name: start.get_parameter(name) for name in rounded}
-    return weights
-
-
 def tell_cut(prompts, what):
     longest = data.LONGEST_PROMPT
     count = sum(len(ids) >= longest for ids in prompts)
     if count:
-        print(
-            f"{what}: {count} of {len(prompts)} texts end at the limit of {longest} tokens a prompt"
-        )
+        print(f"{what}: {count} of {len(prompts)} texts end at the limit of {longest} tokens")
 
 
-def train_stage(model, tokenizer, c, tasks, stage, earlier):
-    """Train on a stage's examples. Returns its log, and O-LoRA's A of all tasks so far."""
-    rng, name = seeded(c.seed, 0 if c.joint else stage), stage_name(c, tasks, stage)
+def train_stage(model, tokenizer, c, tasks, stage, name):
+    """Train on a stage's examples. Returns its log."""
+    rng = seeded(c.seed, 0 if c.joint else stage)
     examples = stage_examples(c, tasks, stage)
     bar = tqdm(examples, desc=f"tokenize {name}", leave=False, disable=RANK > 0)
     encoded = [data.encode_example(tokenizer, example, model.decoder_only) for example in bar]
     tell_cut([ids[: labels.count(-100) or None] for ids, labels in encoded], f"training on {name}")
+    epochs = c.epochs or data.EPOCHS.get((c.order, name), 1)
+    steps = [batch for _ in range(epochs) for batch in data.batches(encoded, c.batch_size, rng)]
+
     if c.tune in ("inclora", "olora"):  # a new adapter, folded in once it is trained
-        add_lora(model)
-        shrink_frozen(model, c)
+        add_adapters(model, c)
     masker = None if c.mask == "none" else make_masker(model, c)
     if masker and stage == 0 and not c.mask_first:
         masker.remove()  # it was made all the same: a wrong --layers is found at once
         masker = None
-    epochs = c.epochs or data.EPOCHS.get((c.order, name), 1)
-    log = train_task(model, encoded, c, masker, rng, name, epochs, earlier)
+    log = train_task(model, steps, c, masker, name)
     if masker:
         masker.remove()
     if c.tune == "olora":
-        new = {name: layer.lora_A.weight.detach() for name, layer in lora_layers(model).items()}
-        earlier = {name: torch.cat([earlier.get(name, A[:0]), A]) for name, A in new.items()}
+        for layer, adapted in lora_layers(model).items():
+            A = adapted.lora_A.weight.detach()
+            model.earlier_A[layer] = torch.cat([model.earlier_A.get(layer, A[:0]), A])
     if c.tune in ("inclora", "olora"):
         merge_lora(model)
-    return log, earlier
-
-
-def join_shares(predictions):
-    """All predictions in order, of which each process has made every PROCESSES-th."""
-    shares = [None] * PROCESSES
-    dist.all_gather_object(shares, predictions)
-    turns = itertools.zip_longest(*shares)
-    return [prediction for turn in turns for prediction in turn if prediction is not None]
+    return log
 
 
 def test_stage(model, tokenizer, c, tasks, stage, folder):
-    """Accuracies on the tasks seen so far, NaN where not tested; predictions go to the folder."""
-    accuracies = np.full(len(tasks), np.nan)
+    """Accuracies on the tasks so far, None on later ones; predictions go to the folder."""
+    accuracies = [None] * len(tasks)
     # On a GPU more at once, where the cache is small: T5's holds answers, Llama's prompts too.
     tokens = 65536 if "cuda" in c.device and not model.decoder_only else 16384
-    if c.eval == "last" and stage < len(tasks) - 1:
-        return accuracies
-    for j in range(stage + 1):
-        name, examples = tasks[j].name, tasks[j].test
-        prompts = [data.encode_prompt(tokenizer, e.prompt, model.decoder_only) for e in examples]
-        tell_cut(prompts, f"testing on {name}")
-        share = prompts[RANK::PROCESSES]
-        predictions = evaluation.evaluate(model, tokenizer, share, c.dtype, tokens, name)
+    for j, task in enumerate(tasks[: stage + 1]):
+        prompts = [data.encode_prompt(tokenizer, e.prompt, model.decoder_only) for e in task.test]
+        tell_cut(prompts, f"testing on {task.name}")
+        size = math.ceil(len(prompts) / PROCESSES)
+        share = prompts[RANK * size :][:size]
+        predictions = evaluation.evaluate(model, tokenizer, share, c.dtype, tokens, task.name)
         if PROCESSES > 1:
-            predictions = join_shares(predictions)
-        accuracies[j] = evaluation.accuracy(predictions, examples)
-        lines = []
-        for example, prediction in zip(examples, predictions):
-            lines.append(json.dumps({**example._asdict(), "prediction": prediction}) + "\n")
-        place = folder / "predictions" / f"{stage + 1}-{tasks[stage].name}" / f"{name}.jsonl"
+            shares = [None] * PROCESSES
+            dist.all_gather_object(shares, predictions)
+            predictions = sum(shares, [])
+        accuracies[j] = evaluation.accuracy(predictions, task.test)
+        rows = [{**e._asdict(), "prediction": p} for e, p in zip(task.test, predictions)]
+        place = folder / "predictions" / f"{stage + 1}-{tasks[stage].name}" / f"{task.name}.jsonl"
         if RANK == 0:
-            write_text(place, "".join(lines))
+            write_text(place, "".join(json.dumps(row) + "\n" for row in rows))
     return accuracies
 
 
 # ---- one run: its stages in turn, each saved when it is done
 
 
-def load_state(folder, tasks):
-    """What finished stages left in a run's folder; the weights' file tells how many they are."""
-    names = [task.name for task in tasks]
-    state = argparse.Namespace(tasks=names, finished=0, stages=[], log=[])
-    state.matrix = np.full((len(tasks), len(tasks)), np.nan)
+def load_results(folder, names):
+    """How many stages are finished (the weights' file tells), results.json, rows of log.csv.
+
+    A later stage that was cut off may stand in both: run() writes its rows anew, its time counts.
+    """
+    results = {"tasks": names, "matrix": [[None] * len(names) for _ in names], "seconds": 0.0}
+    log = [["task", "step", "loss", "kept", "norm"]]
     weights = folder / "model" / "model.safetensors"
-    if weights.exists():
-        _, _, metadata = open_safetensors(weights)
-        finished = metadata.get("finished", "")
-        check(finished.isdigit(), f"{weights} was not written by a run: choose another --out")
-        state.finished = int(finished)
-        results = read_json(folder / "results.json")
-        state.stages = results["stages"][: state.finished]
-        state.matrix[: state.finished] = np.array(results["matrix"], float)[: state.finished]
-        done = {stage["task"] for stage in state.stages}
-        with open(folder / "log.csv", encoding="utf-8", newline="") as file:
-            state.log = [row for row in list(csv.reader(file))[1:] if row[0] in done]
-    return state
+    if not weights.exists():
+        return 0, results, log
+    _, metadata = open_safetensors(weights)
+    check("finished" in metadata, f"{weights} was not written by a run: choose another --out")
+    with open(folder / "log.csv", encoding="utf-8", newline="") as file:
+        log = list(csv.reader(file))
+    return int(metadata["finished"]), read_json(folder / "results.json"), log
 
 
 def load_stage(folder, c, finished):
-    """The model, and O-LoRA's earlier A, as the last finished stage left them."""
-    saved = {}
+    """The model as the last finished stage left it.
+
+    model.earlier_A, for O-LoRA: name of a layer -> A of all finished tasks (ranks, d_in).
+    """
+    adapters = {}
     if finished and c.tune in ("lora", "olora"):
-        saved = read_safetensors(folder / "adapters" / f"{finished}.safetensors")
-        saved = {name: tensor.to(c.device, copy=True) for name, tensor in saved.items()}
+        adapters = read_safetensors(folder / "adapters" / f"{finished}.safetensors")
     model = load_model(folder / "model" if finished and c.tune != "lora" else c.model)
     model.checkpointing = c.checkpointing
+    model.earlier_A = {}
     if c.tune == "lora":  # one adapter for all tasks
         seeded(c.seed, 0)
-        add_lora(model)
-        shrink_frozen(model, c)
-        model.load_state_dict(saved, strict=False)
-        saved = {}
-    return model.to(c.device), saved
-
-
-def save_stage(model, folder, c, finished, earlier):
-    """Last of all come the weights: their rename is what makes a stage finished."""
-    adapters = earlier
-    if c.tune == "lora":
-        adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    if adapters:
-        write_safetensors(folder / "adapters" / f"{finished}.safetensors", adapters)
-    save_model(model, folder / "model", unrounded_weights(model, c), {"finished": str(finished)})
+        add_adapters(model, c)
+        model.load_state_dict(adapters, strict=False)
+    else:
+        model.earlier_A = {name: A.to(c.device, copy=True) for name, A in adapters.items()}
+    return model.to(c.device)
 
 
 def write_csv(path, rows):
@@ -446,53 +397,60 @@ def write_csv(path, rows):
     write_text(path, file.getvalue())
 
 
-def write_results(folder, c, state):
-    names = state.tasks
+def save_stage(model, folder, c, results, log, finished):
+    """The weights come last: once they are renamed into place, the stage is finished."""
+    names, matrix = results["tasks"], results["matrix"]
+    results |= evaluation.measures(np.array(matrix, float))
     write_text(folder / "config.json", json.dumps(vars(c), indent=1))
-    matrix = np.where(np.isnan(state.matrix), None, state.matrix).tolist()
     write_csv(folder / "matrix.csv", [["", *names], *([n, *row] for n, row in zip(names, matrix))])
-    write_csv(folder / "log.csv", [("task", "step", "loss", "kept", "norm"), *state.log])
-    results = {"tasks": names, "matrix": matrix, **evaluation.measures(state.matrix)}
-    results["seconds"] = sum(s["train_seconds"] + s["test_seconds"] for s in state.stages)
-    results["stages"] = state.stages
+    write_csv(folder / "log.csv", log)
     write_text(folder / "results.json", json.dumps(results, indent=1))
+
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    adapters |= model.earlier_A
+    if adapters:
+        write_safetensors(folder / "adapters" / f"{finished}.safetensors", adapters)
+    weights = plain_weights(model)
+    rounded = [name for name, weight in weights.items() if weight.dtype != torch.float32]
+    if rounded:  # by add_adapters(): frozen, they are what they were at the start
+        start = load_model(c.model)
+        weights |= {name: start.get_parameter(name) for name in rounded}
+    save_model(model, folder / "model", weights, {"finished": str(finished)})
 
 
 def run(folder, c, tasks, tokenizer):
     """Train on each task, test as --eval says, save."""
-    state = load_state(folder, tasks)
-    if state.finished == len(tasks):
+    finished, results, log = load_results(folder, [task.name for task in tasks])
+    if finished == len(tasks):
         print("nothing left to do")
         return
-    model, earlier = load_stage(folder, c, state.finished)
+    model = load_stage(folder, c, finished)
     check_tokenizer(model, tokenizer, c.model)
-    first = len(tasks) - 1 if c.joint else state.finished  # the last task's stage has all
+    if "cuda" in c.device:
+        torch.cuda.reset_peak_memory_stats(c.device)
+    first = len(tasks) - 1 if c.joint else finished  # the last task's stage has all
     for stage in range(first, len(tasks)):
-        if "cuda" in c.device:
-            torch.cuda.reset_peak_memory_stats(c.device)
+        name = "+".join(results["tasks"]) if c.joint else tasks[stage].name
         started = time.perf_counter()
-        log, earlier = train_stage(model, tokenizer, c, tasks, stage, earlier)
-        trained = time.perf_counter()
-        state.log += log
-        state.matrix[stage] = test_stage(model, tokenizer, c, tasks, stage, folder)
-        report = {"task": stage_name(c, tasks, stage), "train_seconds": trained - started}
-        report["test_seconds"] = time.perf_counter() - trained
+        steps = train_stage(model, tokenizer, c, tasks, stage, name)
+        if c.eval == "all" or stage == len(tasks) - 1:
+            results["matrix"][stage] = test_stage(model, tokenizer, c, tasks, stage, folder)
+            print(evaluation.matrix_table(results["tasks"], np.array(results["matrix"], float)))
+        results["seconds"] += time.perf_counter() - started
         if "cuda" in c.device:
-            report["gpu_memory_gb"] = torch.cuda.max_memory_allocated(c.device) / 1e9
-        state.stages.append(report)
+            used = torch.cuda.max_memory_allocated(c.device) / 1e9
+            results["gpu_memory_gb"] = max(used, results.get("gpu_memory_gb", 0))
+        log = log[:1] + [row for row in log[1:] if row[0] != name] + steps
         if RANK == 0:
-            write_results(folder, c, state)
-            save_stage(model, folder, c, stage + 1, earlier)
-        print(", ".join(f"{key} {x if key == 'task' else f'{x:.1f}'}" for key, x in report.items()))
-        if not np.isnan(state.matrix[stage]).all():
-            print(evaluation.matrix_table(state.tasks, state.matrix), flush=True)
+            save_stage(model, folder, c, results, log, stage + 1)
+        print(f"{name} is finished, {results['seconds']:.0f} seconds in all", flush=True)
 
 
 def check_tokenizer(model, tokenizer, path):
-    tokens, embeddings = len(tokenizer), model.config.vocab_size
-    check(tokens <= embeddings, f"{path}: tokens: tokenizer {tokens}, model {embeddings}")
-    end = tokenizer.eos_id
-    check(end in model.eos, f"{path}: eos_token_id {model.eos} lacks the tokenizer's end, {end}")
+    fits = len(tokenizer) <= model.config.vocab_size
+    check(fits, f"{path}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
+    ends = tokenizer.eos_id in model.eos
+    check(ends, f"{path}: eos_token_id {model.eos} is not the tokenizer's, {tokenizer.eos_id}")
 
 
 # ---- commands
@@ -514,8 +472,7 @@ def train(args):
     tasks = {name: data.load_task(args.data, name, limits) for name in names}
     path = model_folder(args.model)
     if not (path / "config.json").exists():
-        fault = f"{path} is no model's folder: it has no config.json"
-        check(not Path(args.model).exists(), fault)
+        check(not Path(args.model).exists(), f"{path} is no model's folder: no config.json")
         download.fetch_model(args.model)
     tokenizer = data.load_tokenizer(path)
     for task in tasks.values():
@@ -548,19 +505,9 @@ def start_processes(device):
 
 # ---- the demo: what a user would type, on a tiny T5 and tasks made here
 
-DEMO_T5 = {
-    "vocab_size": 600,
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 256,
-    "num_layers": 2,
-    "num_heads": 4,
-    "dropout_rate": 0.0,
-    "layer_norm_epsilon": 1e-6,
-    "relative_attention_num_buckets": 32,
-    "decoder_start_token_id": 0,
-    "pad_token_id": 0,
-}
+DEMO_SIZES = dict(vocab_size=600, d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4)
+DEMO_OTHER = dict(dropout_rate=0.0, layer_norm_epsilon=1e-6, relative_attention_num_buckets=32)
+DEMO_IDS = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
 
 
 def demo(args):
@@ -574,16 +521,16 @@ def demo(args):
     (folder,) = demo_step("A tiny T5 learns 12 tasks at once", known, root, "untrained", joint)
     shutil.copytree(folder / "model", root / "tiny-t5")
     each = f"--lr 5e-4 --epochs 5 --eval all --seed {' '.join(map(str, seeds))}"
-    found = []
-    for mask, how in (("none", "Plainly"), ("migu", "With MIGU")):
-        title = f"{how}, it learns four more, one after another"
+    found = {}  # (seeds, 3) each
+    for title, how, mask in (("Plainly", "plain", "none"), ("With MIGU", "MIGU", "migu")):
+        title += ", it learns four more, one after another"
         folders = demo_step(title, new, root, "tiny-t5", f"--mask {mask} {each}")
-        found.append([demo_measures(folder, known) for folder in folders])
-    plain, migu = np.array(found)  # (seeds, 3) each
+        found[how] = np.array([demo_measures(folder, known) for folder in folders])
+    found["gain"] = found["MIGU"] - found["plain"]
     rows = [["", "average accuracy", "backward transfer", "accuracy on the 12 known tasks"]]
-    for how, values in (("plain", plain), ("MIGU", migu), ("gain", migu - plain)):
+    for how, values in found.items():
         rows.append([how, *map(evaluation.cell, values.T)])
-    for seed, gains in zip(seeds, migu - plain):
+    for seed, gains in zip(seeds, found["gain"]):
         rows.append([f"gain, seed {seed}", *(f"{gain:+.1f}" for gain in gains)])
     print(f"\nIn percent, mean ± std over the seeds {seeds}:\n{evaluation.table(rows)}")
 
@@ -595,10 +542,10 @@ def make_demo(root, known, new):
         rng = np.random.default_rng(seed)
         for folder in folders:
             data.make_demo_task(folder, sizes, rng)
-            texts += [text for example in data.load_task("", folder).train for text in example]
+            texts += itertools.chain(*data.load_task("", folder).train)
     torch.manual_seed(0)
-    model = T5(DEMO_T5)
-    model.files["spiece.model"] = data.train_vocabulary(texts, DEMO_T5["vocab_size"])
+    model = T5(DEMO_SIZES | DEMO_OTHER | DEMO_IDS)
+    model.files["spiece.model"] = data.train_vocabulary(texts, DEMO_SIZES["vocab_size"])
     save_model(model, root / "untrained")
 
 
