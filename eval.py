@@ -8,9 +8,9 @@ matrix[i, j] is the accuracy on task j after training on task i, in percent; NaN
 """
 
 import argparse
-import json
 import string
 import unicodedata
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 import data
 from migu import MIGU, keep_rows
-from model import RANK, Parser, UserError, check, load_model, one_line_errors, read_json
+from model import RANK, Parser, check, load_model, one_line_errors, read_json
 
 # What runs of one row of a table may differ in: the seed, the tasks, and where they ran.
 NOT_SETTINGS = (
     "seed order tasks model_name versions device data checkpointing row_sparse processes".split()
 )
 MASK_SETTINGS = "mask threshold layers mask_first method".split()
+PICTURES = (".png", ".pdf", ".svg")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -45,28 +46,21 @@ def is_correct(prediction, answer):
 
 
 def check_task(task, tokenizer):
-    """UserError unless each label can be written, read back and told from the others.
+    """UserError unless the options leave room to the text, and the tokenizer knows all of it.
 
-    And unless the options leave room to the text, and all of it is known to the tokenizer.
+    And unless each label, written and read back, counts as itself and as no other label.
     """
-    longest = data.LONGEST_ANSWER
     options = len(tokenizer.encode(", ".join(task.labels)))
     check(options < 400, f"task {task.name}: its labels take {options} of a prompt's 512 tokens")
     for example in task.train + task.test:
         found = tokenizer.unknown.search(example.prompt)
         fault = f"task {task.name}: {found and found[0]!r} in {example.prompt[-60:]!r}"
         check(not found, f"{fault}: the model's own tokens beyond its vocabulary are not supported")
-    meanings = {}
     for label in task.labels:
-        ids = tokenizer.encode(label)
-        back, meaning = tokenizer.decode(ids), normalize(label)
-        where = f"task {task.name}: label {label!r}"
-        check(meaning, f"{where}: nothing of it is left when answers are compared: rename it")
-        check(len(ids) < longest, f"{where} has {len(ids)} tokens: more than {longest - 1}")
-        same = normalize(back) == meaning
-        check(same, f"{where} comes back from this model's tokenizer as {back!r}: rename it")
-        other = meanings.setdefault(meaning, label)
-        check(other == label, f"{where} counts as the same answer as {other!r}: rename one")
+        where = f"task {task.name}: label {label!r}, in up to {data.LONGEST_ANSWER - 1} tokens,"
+        back = tokenizer.decode(tokenizer.encode(label)[: data.LONGEST_ANSWER - 1])
+        same = [other for other in task.labels if is_correct(back, other)]
+        check(same == [label], f"{where} is read back as {back!r}, and counts as {same}: rename it")
 
 
 def autocast(model, dtype):
@@ -103,7 +97,8 @@ def accuracy(predictions, examples):
 
 
 def mean(values):
-    return float(np.mean(values)) if len(values) else np.nan
+    """NaN where there are no values, or where one is None or NaN."""
+    return float(np.mean(np.array(values, float))) if len(values) else np.nan
 
 
 def average_accuracy(matrix):
@@ -122,12 +117,12 @@ def forgetting(matrix):
     return mean((best - matrix[-1])[:-1])
 
 
-MEASURES = (average_accuracy, backward_transfer, forgetting)
+MEASURES = {f.__name__: f for f in (average_accuracy, backward_transfer, forgetting)}
 
 
 def measures(matrix):
     """name -> value, None where it was not measured."""
-    values = {measure.__name__: measure(matrix) for measure in MEASURES}
+    values = {name: measure(matrix) for name, measure in MEASURES.items()}
     return {name: None if np.isnan(value) else value for name, value in values.items()}
 
 
@@ -163,109 +158,87 @@ def matrix_table(tasks, matrix):
 # ---- tables and pictures over runs
 
 
+def words(config, without):
+    """A run's settings but for these: {"lr 0.0001", "threshold 0.7", ...}."""
+    return frozenset(f"{name} {value}" for name, value in config.items() if name not in without)
+
+
 def read_runs(folders):
-    """Finished runs, each its config, results and what is derived here; notes on the others."""
+    """(column, row) of a table -> its finished runs, one a seed; and notes on the others."""
     for name in ("config.json", "results.json"):
         folders = [folder for folder in folders if Path(folder, name).exists()]
     check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
-    runs, notes = {}, []
+    runs, notes, common = {}, [], {}
     for folder in folders:
         config = read_json(Path(folder, "config.json"))
-        if "mask" not in config:
-            notes.append(f"not counted, as it is no run of this project: {folder}")
+        run = config | read_json(Path(folder, "results.json"))
+        if run.get("average_accuracy") is None:
+            notes.append(f"not counted, as it is no finished run: {folder}")
             continue
-        run = {**config, **read_json(Path(folder, "results.json"))}
         run["column"] = f"order {run['order']}" if run["order"] else " ".join(run["tasks"])
-        run["settings"] = leave_out(config, NOT_SETTINGS)
-        but_mask = leave_out(run["settings"], MASK_SETTINGS)
-        run["but_mask"] = json.dumps([but_mask, run["column"], run["seed"]])
-        place = json.dumps([run["settings"], run["column"], run["seed"]])
-        if run["average_accuracy"] is None:
-            notes.append(f"not counted, as it is not finished: {folder}")
-        elif runs.setdefault(place, run) is not run:
+        run["title"] = f"{run['model_name']} {run['method']}"
+        run["settings"] = words(config, NOT_SETTINGS)
+        run["but_mask"] = words(config, NOT_SETTINGS + MASK_SETTINGS), run["column"], run["seed"]
+        place = run["settings"], run["column"], run["seed"]
+        if runs.setdefault(place, run) is not run:
             notes.append(f"not counted, as it repeats another: {folder}")
-    return name_rows(list(runs.values())), notes
+        common[run["title"]] = run["settings"] & common.get(run["title"], run["settings"])
 
-
-def leave_out(settings, names):
-    return {name: value for name, value in sorted(settings.items()) if name not in names}
-
-
-def name_rows(runs):
-    """Gives each run the name of its row: model, method, and in what others of these differ."""
-    for run in runs:
-        words = [run["model_name"], run["method"]]
-        alike = [other for other in runs if [other["model_name"], other["method"]] == words]
-        for key, value in run["settings"].items():
-            if any(other["settings"].get(key) != value for other in alike):
-                words.append(f"{key} {value}")
-        run["name"] = " ".join(words)
-    return runs
+    # A row is named by model and method, and by what not all runs of this name have in common.
+    cells = {}
+    for run in runs.values():
+        name = " ".join([run["title"], *sorted(run["settings"] - common[run["title"]])])
+        cells.setdefault((run["column"], name), []).append(run)
+    return cells, notes
 
 
 def compare(folders):
     """A table a measure: mean, std over seeds, and the gain over the same runs without a mask."""
-    runs, notes = read_runs(folders)
-    columns = sorted({run["column"] for run in runs})
+    cells, notes = read_runs(folders)
+    runs = sum(cells.values(), [])
+    columns = sorted({column for column, _ in cells})
     tables = []
-    unmasked = {run["but_mask"]: run for run in runs if run["mask"] == "none"}
-    for function in MEASURES:
-        measure = function.__name__
+    for measure in MEASURES:
         if all(run[measure] is None for run in runs):
             continue
+        unmasked = {run["but_mask"]: run[measure] for run in runs if run["mask"] == "none"}
         rows = [[measure.replace("_", " "), *columns, "mean", "gain over no mask"]]
-        for name in sorted({run["name"] for run in runs}):
-            row = [run for run in runs if run["name"] == name]
-            rows.append([name, *row_cells(row, unmasked, columns, measure)])
+        for name in sorted({name for _, name in cells}):
+            row, means, gains = [name], [], []
+            for column in columns:
+                here = cells.get((column, name), [])
+                values = [run[measure] for run in here]
+                plain = [unmasked.get(run["but_mask"]) for run in here if run["mask"] != "none"]
+                row.append(cell(values, f" ({len(here)} seeds)"))
+                means.append(mean(values))
+                gains.append(mean(values) - mean(plain))
+            gain = "" if np.isnan(mean(gains)) else f"{mean(gains):+.1f}"
+            rows.append([*row, cell([mean(means)]), gain])
         tables.append(table(rows))
     return "\n\n".join(tables + notes)
 
 
-def row_cells(row, unmasked, columns, measure):
-    """A cell a column, the mean over columns, and its gain where each run has one without mask."""
-    cells, means, gains = [], [], []
-    for column in columns:
-        here = [run for run in row if run["column"] == column]
-        values = np.array([run[measure] for run in here], float)
-        plain = np.array([unmasked.get(run["but_mask"], {}).get(measure) for run in here], float)
-        cells.append(cell(values, f" ({len(here)} seeds)"))
-        means.append(mean(values))
-        gains.append(mean(values - plain))
-    known = row[0]["mask"] != "none" and not np.isnan(mean(gains))
-    return [*cells, cell([mean(means)]), f"{mean(gains):+.1f}" if known else ""]
-
-
-def new_plot(width, height):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def plot(folders, file):
     """A panel a task: its accuracy after each task, a line a method, the mean over seeds."""
-    runs, _ = read_runs(folders)
-    check(runs, "no finished run to draw")
-    tasks = {run["column"]: run["tasks"] for run in runs}
-    names = sorted({run["name"] for run in runs})
-    columns = sorted(tasks)
-    most = max(map(len, tasks.values()))
-    figure = new_plot(2.4 * most, 2.6 * len(tasks) + 0.6)
-    panels = figure.subplots(len(tasks), most, sharex=True, sharey=True, squeeze=False)
-    for column, name in sorted({(run["column"], run["name"]) for run in runs}):
-        here = [run["matrix"] for run in runs if (run["column"], run["name"]) == (column, name)]
-        line = panels[columns.index(column)]
-        line[0].set_ylabel(f"{column if len(tasks) > 1 else ''} accuracy, %")
-        matrix = np.mean(np.array(here, float), 0)
-        steps = range(1, len(matrix) + 1)
-        for panel, task, accuracies in zip(line, tasks[column], matrix.T):
-            panel.plot(steps, accuracies, f"C{names.index(name)}.-", label=name)
-            panel.set(title=task, xlabel="tasks learned", xticks=steps, ylim=(-2, 102))
+    from matplotlib.figure import Figure
+
+    cells, _ = read_runs(folders)
+    check(cells, "no finished run to draw")
+    columns = sorted({column for column, _ in cells})
+    names = sorted({name for _, name in cells})
+    most = max(len(runs[0]["tasks"]) for runs in cells.values())
+    figure = Figure(figsize=(1 + 2.6 * most, 1 + 2.6 * len(columns)), layout="constrained")
+    panels = figure.subplots(len(columns), most, sharex=True, sharey=True, squeeze=False)
     lines = {}
-    for panel in panels[:, 0]:
-        lines |= {line.get_label(): line for line in panel.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
+    for (column, name), runs in sorted(cells.items()):
+        matrix = np.mean(np.array([run["matrix"] for run in runs], float), 0)
+        steps = range(1, len(matrix) + 1)
+        row = panels[columns.index(column)]
+        for panel, task, accuracies in zip(row, runs[0]["tasks"], matrix.T):
+            (lines[name],) = panel.plot(steps, accuracies, f"C{names.index(name)}.-")
+            panel.set(title=task, xlabel="tasks learned", xticks=steps, ylim=(-2, 102))
+        row[0].set_ylabel(f"{column}, accuracy in %")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=120)
 
 
@@ -274,15 +247,12 @@ def plot(folders, file):
 
 def magnitudes(model, tokenizer, examples):
     """name of a layer -> (d_out,), as MIGU adds them up when these examples are a batch."""
-    masker = MIGU(model)
-    model.train().requires_grad_(False)  # as in training, but without a backward pass
+    masker = MIGU(model.train())
     torch.manual_seed(0)  # of dropout
-    for start in range(0, len(examples), 16):
-        part = examples[start : start + 16]
-        encoded = [data.encode_example(tokenizer, e, model.decoder_only) for e in part]
-        model.loss(**data.collate(*zip(*encoded)))
+    for example in examples:  # in turn, as what a pass leaves for a backward pass takes memory
+        inputs, labels = data.encode_example(tokenizer, example, model.decoder_only)
+        model.loss(**data.collate([inputs], [labels]))
     masker.remove()
-    model.requires_grad_(True)
     return masker.magnitude
 
 
@@ -292,7 +262,7 @@ def common_rows(one, other, threshold=0.7):
     for name in one:
         kept = keep_rows(one[name], threshold)
         shares.append(kept[keep_rows(other[name], threshold)].sum() / kept.sum())
-    return float(torch.stack(shares).mean())
+    return mean(shares)
 
 
 def overlap(folder, names, root):
@@ -300,17 +270,16 @@ def overlap(folder, names, root):
 
     Returns the tasks' titles, the shares (tasks, tasks), and the first batches' magnitudes.
     """
-    check(Path(folder, "config.json").exists(), f"{folder} is no model's folder: no config.json")
     tasks = [data.load_task(root, data.resolve(name), (128, 1)) for name in names]
     for task in tasks:
         check(len(task.train) > 1, f"task {task.name}: two batches need two records")
-    tokenizer = data.load_tokenizer(folder)
-    model = load_model(folder)
+    check(Path(folder, "config.json").exists(), f"{folder} is no model's folder: no config.json")
+    tokenizer, model = data.load_tokenizer(folder), load_model(folder)
     ones, others = [], []
     for task in tqdm(tasks, desc="tasks"):
         ones.append(magnitudes(model, tokenizer, task.train[0::2]))
         others.append(magnitudes(model, tokenizer, task.train[1::2]))
-    shares = np.array([[common_rows(one, other) for other in others] for one in ones])
+    shares = [[common_rows(one, other) for other in others] for one in ones]
     return [task.name for task in tasks], shares, ones
 
 
@@ -323,18 +292,19 @@ def overlap_table(titles, shares):
 
 def plot_overlap(titles, shares, ones, file):
     """The table as a heat map; one layer's magnitudes on two tasks, in the order of the first's."""
-    figure = new_plot(10, 4)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    image = left.imshow(shares, vmin=0.3, vmax=1)
+    figure.colorbar(left.imshow(shares, vmin=0.3, vmax=1))
     left.set_title("rows kept in common")
     left.set_xticks(range(len(titles)), titles, rotation=45)
     left.set_yticks(range(len(titles)), titles)
-    figure.colorbar(image)
-    name = list(ones[0])[len(ones[0]) // 2]
-    order = ones[0][name].argsort(descending=True)
+    layer = list(ones[0])[len(ones[0]) // 2]
+    order = ones[0][layer].argsort(descending=True)
     for title, one in zip(titles[1::-1], ones[1::-1]):
-        right.plot(one[name][order] / one[name].sum(), ".", markersize=3, label=title)
-    right.set(title=name, xlabel=f"row, in the order of {titles[0]}", ylabel="share of magnitude")
+        right.plot(one[layer][order] / one[layer].sum(), ".", markersize=3, label=title)
+    right.set(title=layer, xlabel=f"row, in the order of {titles[0]}", ylabel="share of magnitude")
     right.legend()
     figure.savefig(file, dpi=120)
 
@@ -345,16 +315,15 @@ def main(argv=None):
         add = parser.add_argument
         add("runs", nargs="*", help="run folders; others are passed over")
         add("--overlap", metavar="MODEL", help="or: a model's folder, to compare the rows of tasks")
-        add(
-            "--tasks", nargs="+", default=[], help="with --overlap: names or folders, as train.py's"
-        )
+        add("--tasks", nargs="+", default=[], help="with --overlap: tasks, as train.py's")
         add("--data", default="data", help="folder of the benchmark (default data)")
         add("--plot", nargs="?", const="plot.png", metavar="FILE", help="(default plot.png)")
         args = parser.parse_args(argv)
-        picture = args.plot or "plot.png"
-        check(picture.endswith((".png", ".pdf", ".svg")), f"--plot {picture}: no .png, .pdf, .svg")
         fine = bool(args.overlap) == bool(args.tasks) != bool(args.runs)
         check(fine, "give run folders, or --overlap MODEL with --tasks")
+        if args.plot:
+            check(Path(args.plot).suffix in PICTURES, f"--plot {args.plot}: none of {PICTURES}")
+            check(find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
         if args.overlap:
             titles, shares, ones = overlap(args.overlap, args.tasks, args.data)
             print(overlap_table(titles, shares), flush=True)
