@@ -62,11 +62,11 @@ EXTRA_LABELS = {("NLI", "MNLI", "test.json"): ["-"]}
 
 def prompt(group, name, labels, sentence):
     """The text that a model reads. Joined, not formatted: sentences may contain braces."""
-    question = f"{INSTRUCTIONS.get(group, GENERAL)} Choose one from the option.\n"
+    instruction = f"{INSTRUCTIONS.get(group, GENERAL)} Choose one from the option.\n"
     options = f"Option: {', '.join(labels)} \n"
     if group == "COPA":  # its sentences ask for themselves
-        question = options = ""
-    return f"Task:{group}\nDataset:{name}\n{question}{options}{sentence}{END_OF_PROMPT}"
+        instruction = options = ""
+    return f"Task:{group}\nDataset:{name}\n{instruction}{options}{sentence}{END_OF_PROMPT}"
 
 
 END_OF_PROMPT = "\nAnswer:"
@@ -161,7 +161,7 @@ LLAMA_3_IN_FILES = (
     LLAMA_3.replace("[a-zA-Z]", r"\p{L}").replace("a-zA-Z", r"\p{L}").replace(r"\d", r"\p{N}")
 )
 # Unicode's letters, numbers and separators; and what is not like its kind: Llama 3 takes 'ſ for 's.
-KINDS = {"L": "x", "N": "0", "Z": "\t", "ſ": "S", "\x85": "\t"}
+STAND_INS = {"L": "x", "N": "0", "Z": "\t", "ſ": "S", "\x85": "\t"}
 
 # The pre-tokenizers that we know: their steps in a file, and the pattern that does the same.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -200,7 +200,7 @@ def in_ascii(char):
     """An ASCII character of the same kind: letter, number, white space, or none of these."""
     if char.isascii():
         return char
-    return KINDS.get(char) or KINDS.get(unicodedata.category(char)[0], "!")
+    return STAND_INS.get(char) or STAND_INS.get(unicodedata.category(char)[0], "!")
 
 
 def word_pattern(pre_tokenizer):

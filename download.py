@@ -21,7 +21,7 @@ from urllib.parse import quote, urljoin
 
 from tqdm import tqdm
 
-from model import MALFORMED, TOKENIZER_FILES, WEIGHTS, UserError, as_user_error, check
+from model import INDEX, MALFORMED, TOKENIZER_FILES, WEIGHTS, UserError, as_user_error, check
 from model import empty_model, lock, one_line_errors, parse_json, shard_names
 
 MODELS = {
@@ -35,8 +35,6 @@ MODELS = {
 }
 
 NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-
-INDEX = "model.safetensors.index.json"
 
 GITHUB = "https://api.github.com"
 RAW = "https://raw.githubusercontent.com"

@@ -689,6 +689,7 @@ def read_safetensors(path):
 # ---- folders in Hugging Face form
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights that are cut into shards
 ARCHITECTURES = {"t5": T5, "llama": Llama}  # by model_type
 EMBEDDING = {T5: "shared.weight", Llama: "model.embed_tokens.weight"}
 # Some files repeat the embedding under these names.
@@ -705,7 +706,7 @@ def read_weights(path):
     """All tensors of a folder: model.safetensors, or the shards that its index names."""
     if (path / WEIGHTS).exists():
         return read_safetensors(path / WEIGHTS)
-    place = path / f"{WEIGHTS}.index.json"
+    place = path / INDEX
     check(place.exists(), f"{path} holds no {WEIGHTS}; pytorch_model.bin is pickled and never read")
     index = read_json(place)
     shards = {shard: read_safetensors(path / shard) for shard in shard_names(place, index)}

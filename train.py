@@ -56,9 +56,8 @@ RANGES = (  # of options: what a value must do, a test of it, and which options 
     ("be from 0 to 1", lambda x: 0 <= x <= 1, "threshold replay"),
     ("not be below 0", lambda x: 0 <= x < math.inf, "clip l1 seed"),
 )
-COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
-GPUS = [f"cuda:{n}" for n in range(COUNT)]
-DEVICES = ["cpu", *GPUS, "cuda"] if GPUS else ["cpu"]
+GPUS = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+DEVICES = ["cpu", *GPUS, "cuda"] if torch.cuda.is_available() else ["cpu"]
 MODELS = f"a folder, {', '.join(download.MODELS)}, or a hub repository's owner/name"
 TUNINGS = "all weights; one adapter; an adapter a task; these orthogonal (default full)"
 
@@ -432,7 +431,7 @@ def run(folder, c, tasks, tokenizer):
     for stage in range(first, len(tasks)):
         name = "+".join(results["tasks"]) if c.joint else tasks[stage].name
         started = time.perf_counter()
-        steps = train_stage(model, tokenizer, c, tasks, stage, name)
+        entries = train_stage(model, tokenizer, c, tasks, stage, name)
         if c.eval == "all" or stage == len(tasks) - 1:
             results["matrix"][stage] = test_stage(model, tokenizer, c, tasks, stage, folder)
             print(evaluation.matrix_table(results["tasks"], np.array(results["matrix"], float)))
@@ -440,7 +439,7 @@ def run(folder, c, tasks, tokenizer):
         if "cuda" in c.device:
             used = torch.cuda.max_memory_allocated(c.device) / 1e9
             results["gpu_memory_gb"] = max(used, results.get("gpu_memory_gb", 0))
-        log = log[:1] + [row for row in log[1:] if row[0] != name] + steps
+        log = log[:1] + [row for row in log[1:] if row[0] != name] + entries
         if RANK == 0:
             save_stage(model, folder, c, results, log, stage + 1)
         print(f"{name} is finished, {results['seconds']:.0f} seconds in all", flush=True)
