@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import unicodedata
 from collections import namedtuple
@@ -73,10 +74,13 @@ END_OF_PROMPT = "\nAnswer:"
 
 
 def resolve(name):
-    """The full path of a folder that holds a task, or else a name of the benchmark."""
+    """The full path of a folder that holds a task, or else a name of the benchmark.
+
+    A link keeps its own name: it chooses the instruction.
+    """
     if name in GROUP_OF and not Path(name, "labels.json").exists():
         return name
-    return str(Path(name).resolve())
+    return os.path.abspath(name)
 
 
 def task_folder(root, name):

@@ -232,13 +232,19 @@ def fetch_model(name):
     return folder
 
 
-def fetch_data(folder="data"):
-    """The 15 tasks from GitHub -> folder/<group>/<name>/{train,test,labels}.json."""
+def fetch_data(folder="data", keep=False):
+    """The 15 tasks from GitHub -> folder/<group>/<name>/{train,test,labels}.json.
+
+    keep: files that are there stay, whatever they hold.
+    """
     url = f"{GITHUB}/repos/{BENCHMARK}/git/trees/{COMMIT}?recursive=1"
     files = read_listing(url, f"{RAW}/{BENCHMARK}/{COMMIT}")
     paths = [path for path in files if re.fullmatch(TASK_FILE, path)]
     check(len(paths) == 45, f"{url}: {len(paths)} files, not 45 of 15 tasks: try again later")
-    fetch_all({path.removeprefix("CL_Benchmark/"): files[path] for path in paths}, Path(folder))
+    wanted = {path.removeprefix("CL_Benchmark/"): files[path] for path in paths}
+    if keep:
+        wanted = {name: file for name, file in wanted.items() if not Path(folder, name).exists()}
+    fetch_all(wanted, Path(folder))
     return folder
 
 

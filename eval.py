@@ -24,7 +24,7 @@ from model import RANK, Parser, check, load_model, one_line_errors, read_json
 
 # What runs of one row of a table may differ in: the seed, the tasks, and where they ran.
 NOT_SETTINGS = (
-    "seed order tasks model_name versions device data checkpointing row_sparse processes".split()
+    "seed order tasks model_name versions device checkpointing row_sparse processes".split()
 )
 MASK_SETTINGS = "mask threshold layers mask_first method".split()
 PICTURES = (".png", ".pdf", ".svg")
@@ -61,6 +61,13 @@ def check_task(task, tokenizer):
         back = tokenizer.decode(tokenizer.encode(label)[: data.LONGEST_ANSWER - 1])
         same = [other for other in task.labels if is_correct(back, other)]
         check(same == [label], f"{where} is read back as {back!r}, and counts as {same}: rename it")
+
+
+def check_tokenizer(model, tokenizer, path):
+    fits = len(tokenizer) <= model.config.vocab_size
+    check(fits, f"{path}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
+    ends = tokenizer.eos_id in model.eos
+    check(ends, f"{path}: eos_token_id {model.eos} is not the tokenizer's, {tokenizer.eos_id}")
 
 
 def autocast(model, dtype):
@@ -168,14 +175,17 @@ def read_runs(folders):
     for name in ("config.json", "results.json"):
         folders = [folder for folder in folders if Path(folder, name).exists()]
     check(folders, "no results in these folders: give those that train.py wrote, such as runs/*")
-    runs, notes, common = {}, [], {}
+    runs, notes, common, columns = {}, [], {}, {}
     for folder in folders:
         config = read_json(Path(folder, "config.json"))
         run = config | read_json(Path(folder, "results.json"))
         if run.get("average_accuracy") is None:
             notes.append(f"not counted, as it is no finished run: {folder}")
             continue
-        run["column"] = f"order {run['order']}" if run["order"] else " ".join(run["tasks"])
+        column = f"order {run['order']}" if run["order"] else " ".join(run["tasks"])
+        if columns.setdefault(column, config["tasks"]) != config["tasks"]:
+            column = " ".join(config["tasks"])  # other tasks of the same names
+        run["column"] = column
         run["title"] = f"{run['model_name']} {run['method']}"
         run["settings"] = words(config, NOT_SETTINGS)
         run["but_mask"] = words(config, NOT_SETTINGS + MASK_SETTINGS), run["column"], run["seed"]
@@ -275,6 +285,7 @@ def overlap(folder, names, root):
         check(len(task.train) > 1, f"task {task.name}: two batches need two records")
     check(Path(folder, "config.json").exists(), f"{folder} is no model's folder: no config.json")
     tokenizer, model = data.load_tokenizer(folder), load_model(folder)
+    check_tokenizer(model, tokenizer, folder)
     ones, others = [], []
     for task in tqdm(tasks, desc="tasks"):
         ones.append(magnitudes(model, tokenizer, task.train[0::2]))

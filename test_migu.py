@@ -873,6 +873,7 @@ MISTAKES = {
     "two tasks have the same name: x, x": ["--tasks a/x b/x/"],
     "the first of the tasks is not masked: add --mask-first": ["--tasks a", "--order 1 --joint"],
     "labels.json": ["--tasks no/such --mask none"],
+    "all tasks at once: leave out --replay": ["--order 1 --joint --replay 0.1 --mask none"],
 }
 
 
@@ -892,6 +893,19 @@ def test_a_run_is_named_by_what_its_folders_are_called(place, model, task, lab):
     c = train.settings(args, None, 42)
     assert (c.model, c.tasks) == (str(lab.world / "t5"), [str(lab.world / "tasks" / "one")])
     assert train.run_folder(c, "runs") == Path("runs", "one-t5-full-none-s42")
+
+
+def test_a_link_to_a_folder_keeps_its_own_name_and_group(lab):
+    place = lab.place / "TC" / "news"
+    place.parent.mkdir()
+    place.symlink_to(lab.world / "tasks" / "one")
+    (lab.place / "t5-mine").symlink_to(lab.world / "t5")
+    args = train.parse_args(["--tasks", f"{place}", "--model", f"{lab.place}/t5-mine"])
+    args.mask = "none"
+    c = train.settings(args, None, 42)
+    assert (c.tasks, c.model_name) == ([str(place)], "t5-mine")
+    asked = data.load_task("", c.tasks[0]).test[0].prompt
+    assert asked.startswith("Task:TC\nDataset:news\nWhat is the topic of")
 
 
 @pytest.mark.parametrize("fault, mistake", [(f, m) for f, some in MISTAKES.items() for m in some])
@@ -963,6 +977,11 @@ def test_replay_adds_a_seeded_part_of_a_past_task_that_is_not_what_it_trained_fi
     assert train.stage_examples(c, tasks, 1) == examples
     c.seed = 7
     assert train.stage_examples(c, tasks, 1) != examples
+
+
+def test_replay_of_less_than_one_record_is_refused(lab, capsys):
+    line = refusal(capsys, train.main, *lab.words("--replay 0.04"))
+    assert "--replay 0.04 of one's 24 records is none: raise it" in line
 
 
 def test_joint_training_mixes_all_tasks_and_tests_each(lab):
@@ -1131,13 +1150,14 @@ def test_a_mistake_is_one_line_in_several_processes_too(processes):
 
 GAIN = [{}, {"threshold": 0.5, "mask_first": True, "layers": "q"}]
 NO_GAIN = [{"seed": 7}, {"lr": 1e-3}, {"replay": 0.02}, {"order": 2}]
-NO_GAIN += [{"mask": "none", "threshold": 0.5}]
+NO_GAIN += [{"mask": "none", "threshold": 0.5}, {"data": "other"}]
 
 
 def write_run(folder, accuracy, mask="none", **changes):
     """What eval.py reads of a finished run."""
     config = {"order": 1, "seed": 42, "model_name": "t5", "method": f"full {mask}", "mask": mask}
-    config |= {"threshold": 0.7, "layers": "", "mask_first": False, "lr": 1e-4, **changes}
+    config |= {"threshold": 0.7, "layers": "", "mask_first": False, "lr": 1e-4}
+    config |= {"data": "data", "tasks": ["one"], **changes}
     results = {"tasks": ["one"], "average_accuracy": accuracy, "backward_transfer": -20}
     models.write_text(folder / "config.json", json.dumps(config))
     models.write_text(folder / "results.json", json.dumps({**results, "forgetting": 20}))
@@ -1162,6 +1182,19 @@ def test_a_table_has_means_gains_and_in_what_rows_of_one_name_differ(tmp_path):
     assert rows_of(folders) == ["t5 full none 80.0 ± 20.0 (3 seeds) 80.0".split()]
     folders = [write_run(tmp_path / str(lr), 70, lr=lr) for lr in (1e-4, 1e-3)]
     assert [row[3:5] for row in rows_of(folders)] == [["lr", "0.0001"], ["lr", "0.001"]]
+
+
+def test_runs_on_other_data_are_in_other_columns_or_rows(tmp_path):
+    grid = ((60, "/a/one", 1), (80, "/b/one", 1), (90, "/b/one", 2))
+    folders = [
+        write_run(tmp_path / str(x), x, seed=seed, tasks=[task], order=None)
+        for x, task, seed in grid
+    ]
+    header, row = evaluation.compare(folders).split("\n\n")[0].splitlines()
+    assert header.split()[2:5] == ["/b/one", "one", "mean"]
+    assert row.split()[3:] == "85.0 ± 7.1 (2 seeds) 60.0 72.5".split()
+    folders = [write_run(tmp_path / x, 70, seed=int(x), data=x) for x in "12"]
+    assert [row[3:6] for row in rows_of(folders)] == [["data", x, "70.0"] for x in "12"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -1237,6 +1270,23 @@ def test_eval_py_wants_runs_or_a_model_and_tasks_of_two_records(lab, capsys):
         ([lab.place], "no results in these"),
     ):
         assert fault in refusal(capsys, evaluation.main, *words)
+
+
+WRONG_TOKENIZER = [
+    ({"vocab_size": 97}, "more tokens than the model's 97"),
+    ({"vocab_size": 300, "eos_token_id": 5}, "eos_token_id [5] is not the tokenizer's, 1"),
+]
+
+
+@pytest.mark.parametrize("changes, fault", WRONG_TOKENIZER)
+def test_a_tokenizer_of_another_model_is_refused(changes, fault, lab, capsys):
+    model = small(**changes)
+    model.files = load_model(lab.world / "t5").files
+    save_model(model, lab.place / "t5")
+    words = ["--overlap", lab.place / "t5", "--tasks", lab.world / "tasks" / "one"]
+    assert fault in refusal(capsys, evaluation.main, *words)
+    words = lab.words(f"--model {lab.place / 't5'}")
+    assert fault in refusal(capsys, train.main, *words)
 
 
 # ---- downloading
@@ -1383,6 +1433,13 @@ def test_the_benchmark_is_fetched_without_what_nobody_reads(hub, capsys):
     hub.folders = ["CL_Benchmark/G"]
     download.main(["data"])
     assert contents("data") == {name: name.encode() for name in names}
+
+    Path("data", names[0]).write_bytes(b"my own")
+    Path("data", names[1]).unlink()
+    download.fetch_data("data", keep=True)
+    assert contents("data") == {name: name.encode() for name in names} | {names[0]: b"my own"}
+    download.main(["data"])
+    assert contents("data")[names[0]] == names[0].encode()
     del hub.files[f"CL_Benchmark/{names[0]}"]
     assert "44 files, not 45 of 15 tasks" in refusal(capsys, download.main, "data")
 

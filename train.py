@@ -120,7 +120,7 @@ def model_folder(name):
     """A local folder, or else where download.py puts a model of this name."""
     folder = Path(name)
     local = folder.exists() or name[:1] in "./~"
-    return folder.resolve() if local else Path("models", name)
+    return Path(os.path.abspath(name)) if local else Path("models", name)
 
 
 def settings(args, order, seed):
@@ -146,6 +146,7 @@ def settings(args, order, seed):
     c.versions = {"python": platform.python_version(), "torch": torch.__version__}
     names = [Path(task).name for task in c.tasks]
     check(len(set(names)) == len(names), f"two tasks have the same name: {', '.join(names)}")
+    check(not (c.joint and c.replay), "--joint has all tasks at once: leave out --replay")
     never = c.mask != "none" and not c.mask_first and (c.joint or len(names) == 1)
     check(not never, "the first of the tasks is not masked: add --mask-first, or --mask none")
     return c
@@ -424,7 +425,7 @@ def run(folder, c, tasks, tokenizer):
         print("nothing left to do")
         return
     model = load_stage(folder, c, finished)
-    check_tokenizer(model, tokenizer, c.model)
+    evaluation.check_tokenizer(model, tokenizer, c.model)
     if "cuda" in c.device:
         torch.cuda.reset_peak_memory_stats(c.device)
     first = len(tasks) - 1 if c.joint else finished  # the last task's stage has all
@@ -445,13 +446,6 @@ def run(folder, c, tasks, tokenizer):
         print(f"{name} is finished, {results['seconds']:.0f} seconds in all", flush=True)
 
 
-def check_tokenizer(model, tokenizer, path):
-    fits = len(tokenizer) <= model.config.vocab_size
-    check(fits, f"{path}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
-    ends = tokenizer.eos_id in model.eos
-    check(ends, f"{path}: eos_token_id {model.eos} is not the tokenizer's, {tokenizer.eos_id}")
-
-
 # ---- commands
 
 
@@ -466,9 +460,13 @@ def train(args):
     names = dict.fromkeys(name for c in runs.values() for name in c.tasks)
     folders = [data.task_folder(args.data, name) for name in names if name in data.GROUP_OF]
     if not all((folder / f"{part}.json").exists() for folder in folders for part in data.PARTS):
-        download.fetch_data(args.data)
+        download.fetch_data(args.data, keep=True)
     limits = (args.limit or [None]) * 2  # one number holds for both
     tasks = {name: data.load_task(args.data, name, limits) for name in names}
+    for name in itertools.chain(*(c.tasks[:-1] for c in runs.values())):
+        count = len(tasks[name].train)
+        fault = f"--replay {args.replay:g} of {tasks[name].name}'s {count} records is none"
+        check(not 0 < args.replay * count < 1, f"{fault}: raise it")
     path = model_folder(args.model)
     if not (path / "config.json").exists():
         check(not Path(args.model).exists(), f"{path} is no model's folder: no config.json")
